@@ -89,6 +89,10 @@ def header_offset(prompt):
     return i
 
 
+def decode(ids):
+    return get_tokenizer().decode(ids)
+
+
 def encode_rows(rows, block_size):
     """
     -> a list as long as rows of (ids, header, answer), offsets counted from the row's start, or None for a row whose
@@ -194,6 +198,17 @@ def read_split(dataset, split):
 # --- a batch
 
 
+def first_targets(meta, loss_on):
+    """-> absolute offset of each row's first supervised id, for loss_on 'answer', 'response' (the header too) or 'all'."""
+    if loss_on == 'answer':
+        return meta['answer']
+    elif loss_on == 'response':
+        return meta['header']
+    elif loss_on == 'all':
+        return meta['start'] + 1
+    raise UserError(f"loss_on={loss_on!r} is none of 'answer', 'response', 'all'")
+
+
 def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
     """
     data (of read_split), row numbers -> int64 arrays ids, targets, positions, segments, each (B, T), right-padded to the
@@ -204,11 +219,11 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
     ids, meta = data
     numbers = np.asarray(numbers)
     start, end = meta['start'][numbers], meta['end'][numbers]
-    first = {'answer': meta['answer'], 'response': meta['header'], 'all': meta['start'] + 1}[loss_on][numbers]
+    first = first_targets(meta, loss_on)[numbers]
     # the prefix is shared only as far as nothing of it is supervised: the id before the first target predicts it
     shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
     bins = []  # first fit, longest first: [length, examples]
-    for i in np.argsort(start - end, kind='stable'):
+    for i in np.argsort(start - end, kind='stable') if packing else range(len(numbers)):
         length = end[i] - start[i] - 1 - shared
         place = next((b for b in bins if packing and b[0] + length <= block_size), None)
         if place is None:
@@ -248,7 +263,7 @@ if __name__ == '__main__':
                         'rows, a longer block_size, or another train_share and test_share')
     prompts = [encoded[n][0][:encoded[n][2]] for split in SPLITS for n in kept[split]]
     meta = {
-        'tokenizer': 'gpt2', 'eos': EOS, 'template': TEMPLATE, 'source': str(source),
+        'tokenizer': 'gpt2', 'vocab_size': EOS + 1, 'eos': EOS, 'template': TEMPLATE, 'source': str(source),
         'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest(), 'split_seed': split_seed, 'block_size': block_size,
         'shared_prefix': min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1), 'config': config,
     }
@@ -271,6 +286,5 @@ if __name__ == '__main__':
     print(f'\nall prompts share their first {meta["shared_prefix"]} tokens\nan example, its supervised tokens marked:\n')
     before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
     ids, _, answer = encoded[kept['train'][0]]
-    decode = get_tokenizer().decode
     print(decode(ids[:answer]) + before + decode(ids[answer:]) + after)
     print(f'\nwrote data/{dataset}/{{train,val,test}}.{{bin,json}}')
