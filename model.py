@@ -7,20 +7,23 @@ GPT-2 in one file: the network, generation with a cache, and every way of loadin
 
 B rows, T positions, C = n_embd channels, H heads of C/H channels.
 """
-import json
 import math
 import os
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from config import UserError
-from files import write_aside
 
 IGNORE = -100  # a target that is not supervised
 CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
+PACK = 512  # prompt positions that generate computes at once
+STEP = 64  # positions by which its cache grows
+SLOTS = 256  # rows it works on at once, at most
 
 
 @dataclass
@@ -144,92 +147,170 @@ class GPT(nn.Module):
         loss = F.linear_cross_entropy(x, weight, targets, reduction='sum', options=options).float()
         return None, loss / (denominator or len(targets))
 
+    # --- generation
 
-# --- LoRA: Hu et al. 2021
-
-
-class LoRA(nn.Module):
-    """y = base(x) + alpha / rank * B A dropout(x). The base is frozen; B starts at zero, so at first y = base(x)."""
-
-    def __init__(self, base, rank, alpha, dropout):
-        super().__init__()
-        self.base = base
-        self.A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.drop = nn.Dropout(dropout)
-        self.scale = alpha / rank
-
-    def forward(self, x):
-        return self.base(x) + F.linear(F.linear(self.drop(x), self.A), self.B * self.scale)
-
-    def merged(self):
-        """The one matrix (out, in) that does the same."""
-        return dense(self.base.weight) + self.B @ self.A * self.scale
-
-
-MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
-
-
-def add_lora(model, rank, alpha, dropout=0.0, targets=','.join(MATRICES), quantize='none'):
-    """Freeze the model and give the matrices that `targets` names trainable A and B. 'nf4' keeps all matrices in 4 bits."""
-    chosen = [target.strip() for target in targets.split(',')]
-    if not set(chosen) <= set(MATRICES):
-        raise UserError(f'lora_targets={targets!r} may name {", ".join(MATRICES)}')
-    if quantize not in ('none', 'nf4'):
-        raise UserError(f"quantize={quantize!r} is none of 'none', 'nf4'")
-    model.requires_grad_(False)
-    for block in model.h:
-        for matrix in MATRICES:
-            layer = block.get_submodule(matrix)
-            layer = to_nf4(layer) if quantize == 'nf4' else layer
-            layer = LoRA(layer, rank, alpha, dropout) if matrix in chosen else layer
-            block.set_submodule(matrix, layer)
-    model.lora = {'rank': rank, 'alpha': alpha, 'targets': targets}
-
-
-def to_nf4(linear):
-    """-> the layer with its matrix in 4 bits (NF4, constants quantised again: Dettmers et al. 2023); packed by .to(device)."""
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise UserError("quantize='nf4' needs a package: pip install bitsandbytes==0.50.2") from error
-    layer = Linear4bit(linear.in_features, linear.out_features, quant_type='nf4', compress_statistics=True, device='meta')
-    layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type='nf4', compress_statistics=True)
-    layer.bias = linear.bias
-    return layer.to(linear.weight.device)
-
-
-def dense(weight):
-    """-> the matrix of a linear layer (out, in), unpacked if it is in 4 bits."""
-    if hasattr(weight, 'quant_state'):
-        from bitsandbytes.functional import dequantize_4bit
-        return dequantize_4bit(weight, weight.quant_state)
-    return weight
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256, on_done=None, cache_bytes=4e9):
+        """
+        prompts, lists of ids of any lengths -> lists of new ids in the same order, without the end-of-text (eos=-1: nothing
+        ends a row early). A row also ends at max_new_tokens and at block_size; then, and only then, it has
+        min(max_new_tokens, block_size - len(prompt)) ids. on_done(i, ids) is called as row i ends.
+        temperature=0: greedy, the ids of one prompt at a time without a cache. Else each row draws from a stream of its own,
+        set by seed and prompt, whatever the batch. Keys and values stay under cache_bytes (if those of one row do): the
+        longest prompts begin, the others follow as rows end. Raises UserError if a prompt is empty or leaves no room.
+        """
+        block_size = self.config.block_size
+        for i, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < block_size:
+                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to block_size - 1 = {block_size - 1} can be continued')
+        rows = [list(prompt) for prompt in prompts]  # prompt and new ids
+        ends = [min(len(row) + max_new_tokens, block_size) for row in rows]
+        streams = [np.random.default_rng((seed, zlib.crc32(np.array(row, '<i8').tobytes()))) for row in rows]
+        waiting = sorted(range(len(rows)), key=lambda i: len(rows[i])) if max_new_tokens > 0 else []
+        active = []  # the row in each slot of the cache
+        training = self.training
+        self.eval()
+        try:
+            cache = Cache(self, os.path.commonprefix([row[:-1] for row in rows]), cache_bytes)
+            while active or waiting:
+                # prompts are computed in lots, when half of the slots are free, with room for STEP new ids each
+                fit = cache.fit(max(len(rows[i]) for i in active + waiting[-1:]) + STEP)
+                if waiting and len(active) <= fit // 2:
+                    lot = [waiting.pop() for _ in range(min(fit - len(active), len(waiting)))]
+                    logits = cache.admit([rows[i] for i in lot], [rows[i] for i in active])
+                    active += lot
+                else:
+                    # rows that don't fit any more wait again, to be computed anew with the ids they have
+                    fit = cache.fit(max(len(rows[i]) for i in active))
+                    waiting += active[fit:]
+                    lot = active = active[:fit]
+                    logits = cache.step([rows[i] for i in lot])
+                uniform = [streams[i].random() for i in lot]
+                for i, new in zip(lot, pick(logits, temperature, top_k, uniform)):
+                    rows[i].append(new)
+                for slot in reversed(range(len(active))):
+                    i = active[slot]
+                    if rows[i][-1] == eos or len(rows[i]) == ends[i]:
+                        rows[i] = rows[i][len(prompts[i]):len(rows[i]) - (rows[i][-1] == eos)]
+                        if on_done:
+                            on_done(i, rows[i])
+                        cache.move(len(active) - 1, slot)
+                        active[slot] = active[-1]
+                        active.pop()
+        finally:
+            self.train(training)
+        return rows if max_new_tokens > 0 else [[] for _ in rows]
 
 
-def plain_state(model):
-    """The state dict in GPT-2's names, fp32 on the CPU: LoRA merged, 4 bits unpacked, shards gathered (on every process)."""
-    state = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRA):
-            state |= {f'{name}.weight': module.merged(), f'{name}.bias': module.base.bias}
-        elif hasattr(module, 'weight') and not name.endswith('.base'):
-            state[f'{name}.weight'] = dense(module.weight)
-            if getattr(module, 'bias', None) is not None:
-                state[f'{name}.bias'] = module.bias
-    return {name: (p.full_tensor() if hasattr(p, 'full_tensor') else p).detach().cpu() for name, p in state.items()}
+class Cache:
+    """
+    What generate keeps of its rows, a tensor a block: `prefix` (2, H, P, C/H), the keys and values of the P ids that all
+    rows begin with, held once; `own` (2, slots, H, room, C/H), those of the ids after it, a row a slot.
+    """
+
+    def __init__(self, model, prefix, limit):
+        config = model.config
+        self.model, self.limit, self.shared = model, limit, 0
+        device, dtype = model.wte.weight.device, model.wte.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # what the layers' keys come in
+        shape = config.n_head, 0, config.n_embd // config.n_head
+        self.prefix = [torch.zeros(2, *shape, device=device, dtype=dtype) for _ in model.h]
+        self.own = [torch.zeros(2, 0, *shape, device=device, dtype=dtype) for _ in model.h]
+        self.bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize  # of a position
+        if prefix:
+            self.admit([prefix])
+            self.prefix = [own[:, 0, :, :len(prefix)].clone() for own in self.own]
+            self.own = [own[:, :0, :, :0] for own in self.own]
+            self.shared = len(prefix)
+
+    def room(self, length):
+        """-> positions a slot must have for rows of `length` ids, in whole STEPs."""
+        return -((self.shared - length) // STEP) * STEP
+
+    def fit(self, length):
+        """-> how many rows of `length` ids the limit takes."""
+        return min(SLOTS, max(1, int(self.limit / self.bytes / self.room(length))))
+
+    def resize(self, slots, room):
+        for i, own in enumerate(self.own):
+            self.own[i] = F.pad(own, (0, 0, 0, room - own.size(3), 0, 0, 0, slots - own.size(1)))
+
+    def move(self, slot, to):
+        for own in self.own if slot != to else ():
+            own[:, to] = own[:, slot]
+
+    def admit(self, rows, active=()):
+        """Compute rows into the slots after those of the active -> logits (rows, vocab) of the id that follows each."""
+        self.resize(len(active) + len(rows), self.room(max(map(len, [*rows, *active]))))
+        packs = [[]]
+        for slot, row in enumerate(rows, len(active)):
+            if packs[-1] and sum(len(row) - self.shared for _, row in packs[-1]) + len(row) - self.shared > PACK:
+                packs.append([])
+            packs[-1].append((slot, row))
+        return torch.cat([self.admit_pack(*zip(*pack)) for pack in packs])
+
+    def admit_pack(self, slots, rows):
+        """Rows back to back, each seeing the prefix and itself: no position is a pad."""
+        lengths = torch.tensor([len(row) - self.shared for row in rows])
+        ids = torch.tensor([id for row in rows for id in row[self.shared:]])
+        slots = torch.tensor(slots).repeat_interleave(lengths)
+        ends = lengths.cumsum(0)
+        at = torch.arange(len(ids)) - (ends - lengths).repeat_interleave(lengths)
+        seen = (slots[:, None] == slots).tril()
+        seen = F.pad(seen, (self.shared, 0), value=True).to(self.prefix[0].device)
+
+        def attend(i, q, k, v):
+            k, v = (torch.cat((past, new[0]), 1)[None] for past, new in zip(self.prefix[i], (k, v)))  # (1, H, P + N, C/H)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+        return self.run(ids, slots, at, attend, ends - 1)
+
+    def step(self, rows):
+        """The last id of each active row -> logits (rows, vocab) of the one that follows."""
+        n, length = len(rows), max(map(len, rows)) - self.shared
+        if self.room(length + self.shared) > self.own[0].size(3) or n <= self.own[0].size(1) // 2:
+            self.resize(n, self.room(length + self.shared))
+        slots, at = torch.arange(n), torch.tensor([len(row) - self.shared - 1 for row in rows])
+        unseen = (torch.arange(length) > at[:, None])[:, None, None].to(self.prefix[0].device)  # (n, 1, 1, T)
+
+        def attend(i, q, k, v):
+            prefix, own = self.prefix[i], self.own[i][:, :n, :, :length]
+            q = q[0] / math.sqrt(q.size(-1))  # (H, n, C/H)
+            # one softmax over the prefix, which all rows share in one product a head, and each row's own positions
+            far = (q @ prefix[0].transpose(1, 2)).transpose(0, 1)[:, :, None]  # (n, H, 1, P)
+            near = q.transpose(0, 1)[:, :, None] @ own[0].transpose(2, 3)  # (n, H, 1, T)
+            near = near.masked_fill(unseen, -math.inf)
+            far, near = torch.cat((far, near), -1).softmax(-1).to(v.dtype).split((self.shared, length), -1)
+            y = (near @ own[1])[:, :, 0].transpose(0, 1) + far[:, :, 0].transpose(0, 1) @ prefix[1]
+            return y[None]  # (1, H, n, C/H)
+
+        return self.run(torch.tensor([row[-1] for row in rows]), slots, at, attend, slice(None))
+
+    def run(self, ids, slots, at, attend, last):
+        """ids at positions P + at of slots, (N,) each -> logits at `last`. attend(block, q, k, v) after k, v are stored."""
+        ids, slots, at = (x.to(self.prefix[0].device) for x in (ids, slots, at))
+
+        def keep(i):
+            def attend_block(q, k, v):  # (1, H, N, C/H)
+                self.own[i][0][slots, :, at], self.own[i][1][slots, :, at] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+                return attend(i, q, k, v)
+            return attend_block
+
+        x = self.model.hidden(ids[None], at[None] + self.shared, [keep(i) for i in range(len(self.own))])
+        return F.linear(self.model.ln_f(x[0, last]), self.model.wte.weight)
 
 
-def save_adapter(model, path, origin):
-    """A and B alone, as safetensors, with what they fit in the metadata."""
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise UserError('adapter.safetensors needs a package: pip install safetensors') from error
-    state = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items() if name[-2:] in ('.A', '.B')}
-    about = {'lora': json.dumps(model.lora), 'model': json.dumps(asdict(model.config)), 'origin': json.dumps(origin)}
-    write_aside(path, lambda file: file.write(save(state, about)), 'wb')
+def pick(logits, temperature, top_k, uniform):
+    """logits (n, vocab) -> list of n ids: the largest, or by the inverse of the cumulated probabilities at uniform (n,)."""
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    ids = torch.arange(logits.size(1), device=logits.device).expand_as(logits)
+    if top_k:
+        logits, ids = logits.topk(min(top_k, logits.size(1)))
+    cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    uniform = torch.tensor(uniform, device=logits.device)[:, None]
+    return ids.gather(1, torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True))[:, 0].tolist()
 
 
 # --- the machine

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import UserError, configure
+from config import configure
 from files import write_json
-from model import GPT, GPTConfig, load_adapter, start_machine
+from lora import load_adapter
+from model import GPT, GPTConfig, start_machine
 from prepare import IGNORE, decode, encode_prompt, make_batch, read_split
 
 # -----------------------------------------------------------------------------

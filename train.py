@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from config import UserError, configure
 from files import write_aside, write_json
-from model import GPT, GPTConfig, add_lora, plain_state, save_adapter, start_machine
+from lora import add_lora, plain_state, save_adapter
+from model import GPT, GPTConfig, start_machine
 from prepare import IGNORE, decode, encode_prompt, first_targets, make_batch, read_split
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,120 @@
+"""
+LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices on a frozen GPT.
+
+    add_lora(model, rank=16, alpha=16.0)                     # freezes the model; only A and B are trained
+    add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
+    save_adapter(model, 'adapter.safetensors', origin)       # A and B alone, a few MB
+    load_adapter(model, 'adapter.safetensors')               # onto a freshly loaded base
+    plain_state(model)                                       # merged, in GPT-2's names
+"""
+import json
+import math
+from dataclasses import asdict
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from config import UserError
+from files import write_aside
+
+MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
+ALL = ','.join(MATRICES)
+
+
+class LoRA(nn.Module):
+    """y = base(x) + alpha / rank * B A dropout(x). The base is frozen; B starts at zero, so at first y = base(x)."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.drop = nn.Dropout(dropout)
+        self.scale = alpha / rank
+
+    def forward(self, x):
+        return self.base(x) + F.linear(F.linear(self.drop(x), self.A), self.B * self.scale)
+
+    def merged(self):
+        """The one matrix (out, in) that does the same."""
+        return dense(self.base.weight) + self.B @ self.A * self.scale
+
+
+def add_lora(model, rank, alpha, dropout=0.0, targets=ALL, quantize='none'):
+    """Freeze the model and give the matrices that `targets` names trainable A and B. 'nf4' keeps all matrices in 4 bits."""
+    chosen = [target.strip() for target in targets.split(',')]
+    if not set(chosen) <= set(MATRICES):
+        raise UserError(f'lora_targets={targets!r} may name {", ".join(MATRICES)}')
+    if quantize not in ('none', 'nf4'):
+        raise UserError(f"quantize={quantize!r} is none of 'none', 'nf4'")
+    model.requires_grad_(False)
+    for block in model.h:
+        for matrix in MATRICES:
+            layer = block.get_submodule(matrix)
+            layer = to_nf4(layer) if quantize == 'nf4' else layer
+            layer = LoRA(layer, rank, alpha, dropout) if matrix in chosen else layer
+            block.set_submodule(matrix, layer)
+    model.lora = {'rank': rank, 'alpha': alpha, 'targets': targets}
+
+
+def to_nf4(linear):
+    """-> the layer with its matrix in 4 bits (NF4, its constants quantised too: Dettmers et al. 2023)."""
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise UserError("quantize='nf4' needs a package: pip install bitsandbytes==0.50.2") from error
+    layer = Linear4bit(linear.in_features, linear.out_features, quant_type='nf4', compress_statistics=True, device='meta')
+    layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type='nf4', compress_statistics=True)
+    layer.bias = linear.bias
+    layer.support_avx512bf16_for_cpu = False  # the form it packs into when it meets eval() has no backward
+    return layer.to(linear.weight.device)
+
+
+def dense(weight):
+    """-> the matrix of a linear layer (out, in), unpacked if it is in 4 bits."""
+    if hasattr(weight, 'quant_state'):
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(weight, weight.quant_state)
+    return weight
+
+
+def plain_state(model):
+    """The state dict in GPT-2's names, fp32 on the CPU: LoRA merged, 4 bits unpacked, shards gathered (on every process)."""
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            state |= {f'{name}.weight': module.merged(), f'{name}.bias': module.base.bias}
+        elif hasattr(module, 'weight') and not name.endswith('.base'):
+            state[f'{name}.weight'] = dense(module.weight)
+            if getattr(module, 'bias', None) is not None:
+                state[f'{name}.bias'] = module.bias
+    return {name: (p.full_tensor() if hasattr(p, 'full_tensor') else p).detach().cpu() for name, p in state.items()}
+
+
+def save_adapter(model, path, origin):
+    """A and B alone, as safetensors, with what they fit in the metadata."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise UserError('adapter.safetensors needs a package: pip install safetensors') from error
+    state = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items() if name[-2:] in ('.A', '.B')}
+    about = {'lora': json.dumps(model.lora), 'model': json.dumps(asdict(model.config)), 'origin': json.dumps(origin)}
+    write_aside(path, lambda file: file.write(save(state, about)), 'wb')
+
+
+def load_adapter(model, path):
+    """Put the adapter of save_adapter onto the model it was made for. Raises UserError if it fits another one."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt') as file:
+            about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        about = {key: json.loads(about[key]) for key in ('lora', 'model', 'origin')}
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UserError(f'{path} is not an adapter: {error}') from error
+    shape = asdict(model.config) | {'dropout': about['model']['dropout']}
+    if shape != about['model']:
+        raise UserError(f'{path} fits {about["origin"]["init_from"]} ({about["model"]}), not {shape}')
+    add_lora(model, **about['lora'])
+    model.load_state_dict(state, strict=False)
