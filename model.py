@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 
@@ -136,15 +137,18 @@ class GPT(nn.Module):
         x = self.hidden(idx, positions, [attend] * len(self.h))
         if targets is None:
             return F.linear(self.ln_f(x), self.wte.weight), None
-        # logits of prompts and pads are never made
+        # logits of prompts and pads are never made, and those of many targets not all at once
         keep = targets != IGNORE
         x, targets, weight = self.ln_f(x[keep]), targets[keep], self.wte.weight
-        if torch.is_autocast_enabled(x.device.type):  # autocast knows nothing of the chunked form
-            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
         if each:
-            return None, F.linear_cross_entropy(x, weight, targets, reduction='none').float()
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK) if len(targets) > CHUNK else None
-        loss = F.linear_cross_entropy(x, weight, targets, reduction='sum', options=options).float()
+            return None, F.linear_cross_entropy(x, weight, targets, reduction='none')
+        if len(targets) > CHUNK and torch.is_autocast_enabled(x.device.type):
+            # the fused form below would leave autocast, or sum in bfloat16
+            loss = sum(checkpoint(F.linear_cross_entropy, part, weight, target, reduction='sum', use_reentrant=False)
+                       for part, target in zip(x.split(CHUNK), targets.split(CHUNK)))
+        else:
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK) if len(targets) > CHUNK else None
+            loss = F.linear_cross_entropy(x, weight, targets, reduction='sum', options=options)
         return None, loss / (denominator or len(targets))
 
     # --- generation

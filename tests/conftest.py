@@ -1,4 +1,6 @@
 """Fixtures: the stages run as a user runs them, in a folder of their own."""
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,16 +10,53 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+WORDS = 'cat dog house river table green stone apple cloud window'.split()
+# of many lengths, with and without input; what breaks tokenizers, templates and splits is among them
+ROWS = [
+    {'instruction': f'Write the word {a} {"again and " * (i % 4)}again.', 'input': b if i % 3 else '', 'output': f'{a} {a}' * (1 + i % 3)}
+    for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS[:6])
+] + [
+    {'instruction': 'Say it twice.', 'input': None, 'output': 'it <|endoftext|> it'},
+    {'instruction': 'Übersetze ins Japanische.', 'output': '\n\nこんにちは 🎉'},
+    {'instruction': 'Quote the header.', 'input': '', 'output': 'It is\n\n### Response:\nlike this.'},
+    {'instruction': 'Begin with a tab.', 'input': '', 'output': '\tx'},
+    {'instruction': 'Begin with two spaces.  ', 'input': '', 'output': '  x'},
+    {'instruction': 'Begin with an emoji.\n', 'input': '', 'output': '🎉x'},
+]
+# the smallest model that is still a GPT-2; eval_interval keeps logs short
+TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', '--learning_rate=1e-3',
+        '--sample_every_epoch=False', '--eval_interval=1000')
+
+
+def stage(folder, *command, code=0, env=None, timeout=120):
+    """Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the code."""
+    command = [sys.executable, *(ROOT / arg if str(arg).endswith('.py') and '/' not in str(arg) else str(arg) for arg in command)]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+                             env=os.environ | {'OMP_NUM_THREADS': '2'} | (env or {}))
+    assert process.returncode == code, process.stdout + process.stderr
+    if code == 2:
+        assert process.stderr.count('\n') == 1 and 'Traceback' not in process.stderr, process.stderr
+    return process
+
 
 @pytest.fixture
 def run(tmp_path):
-    """run('prepare.py', '--dataset=x', ...) -> CompletedProcess of the stage, started in tmp_path; asserts the exit code."""
-    def run(stage, *args, code=0, env=None, timeout=120):
-        import os
-        process = subprocess.run([sys.executable, ROOT / stage, *map(str, args)], cwd=tmp_path, capture_output=True, text=True,
-                                 timeout=timeout, env=os.environ | (env or {}), stdin=subprocess.DEVNULL)
-        assert process.returncode == code, process.stdout + process.stderr
-        if code == 2:
-            assert process.stderr.count('\n') == 1 and 'Traceback' not in process.stderr, process.stderr
-        return process
-    return run
+    """stage() in this test's own folder."""
+    return lambda *command, **kwargs: stage(tmp_path, *command, **kwargs)
+
+
+@pytest.fixture(scope='session')
+def prepared(tmp_path_factory):
+    """A folder in which prepare.py made data/tiny of ROWS."""
+    folder = tmp_path_factory.mktemp('prepared')
+    (folder / 'rows.json').write_text(json.dumps(ROWS))
+    stage(folder, 'prepare.py', '--source=rows.json', '--dataset=tiny', '--block_size=128')
+    return folder
+
+
+@pytest.fixture
+def data(prepared, monkeypatch):
+    """data('train') -> read_split of data/tiny."""
+    from prepare import read_split
+    monkeypatch.chdir(prepared)
+    return lambda split: read_split('tiny', split)
