@@ -3,7 +3,7 @@ LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices o
 
     add_lora(model, rank=16, alpha=16.0)                     # freezes the model; only A and B are trained
     add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
-    save_adapter(model, 'adapter.safetensors', origin)       # A and B alone, a few MB
+    save_adapter(model, 'adapter.safetensors', about)        # A and B alone, a few MB
     load_adapter(model, 'adapter.safetensors')               # onto a freshly loaded base
     plain_state(model)                                       # merged, in GPT-2's names
 """
@@ -90,18 +90,23 @@ def plain_state(model):
             state[f'{name}.weight'] = dense(module.weight)
             if getattr(module, 'bias', None) is not None:
                 state[f'{name}.bias'] = module.bias
-    return {name: (p.full_tensor() if hasattr(p, 'full_tensor') else p).detach().cpu() for name, p in state.items()}
+    return {name: whole(p) for name, p in state.items()}
 
 
-def save_adapter(model, path, origin):
-    """A and B alone, as safetensors, with what they fit in the metadata."""
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().cpu()
+
+
+def save_adapter(model, path, about, write=True):
+    """A and B alone, as safetensors, with what they fit in the metadata. Shards are gathered; one process writes."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise UserError('adapter.safetensors needs a package: pip install safetensors') from error
-    state = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items() if name[-2:] in ('.A', '.B')}
-    about = {'lora': json.dumps(model.lora), 'model': json.dumps(asdict(model.config)), 'origin': json.dumps(origin)}
-    write_aside(path, lambda file: file.write(save(state, about)), 'wb')
+    state = {name: whole(p).contiguous() for name, p in model.named_parameters() if name[-2:] in ('.A', '.B')}
+    meta = {key: json.dumps(value) for key, value in (about | {'lora': model.lora}).items()}
+    if write:
+        write_aside(path, lambda file: file.write(save(state, meta)), 'wb')
 
 
 def load_adapter(model, path):
@@ -110,11 +115,11 @@ def load_adapter(model, path):
     try:
         with safe_open(path, 'pt') as file:
             about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        about = {key: json.loads(about[key]) for key in ('lora', 'model', 'origin')}
+        about = {key: json.loads(about[key]) for key in ('lora', 'model', 'init_from')}
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(f'{path} is not an adapter: {error}') from error
     shape = asdict(model.config) | {'dropout': about['model']['dropout']}
     if shape != about['model']:
-        raise UserError(f'{path} fits {about["origin"]["init_from"]} ({about["model"]}), not {shape}')
+        raise UserError(f'{path} fits {about["init_from"]} ({about["model"]}), not {shape}')
     add_lora(model, **about['lora'])
     model.load_state_dict(state, strict=False)

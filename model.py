@@ -7,6 +7,7 @@ GPT-2 in one file: the network, generation with a cache, and every way of loadin
 
 B rows, T positions, C = n_embd channels, H heads of C/H channels.
 """
+import atexit
 import math
 import os
 import zlib
@@ -342,4 +343,5 @@ def start_machine(device, dtype):
         torch.cuda.set_device(device)
     if world > 1:
         torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        atexit.register(torch.distributed.destroy_process_group)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'), rank, world

@@ -192,6 +192,8 @@ def read_split(dataset, split):
     for name in ('start', 'header', 'answer'):
         meta[name] = np.array(meta[name])
     meta['end'] = np.append(meta['start'][1:], len(ids))
+    if (meta['answer'] >= meta['end']).any():
+        raise UserError(f'{folder}/{split} has a row with no token to learn; run: python prepare.py')
     return ids, meta
 
 

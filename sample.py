@@ -176,5 +176,3 @@ else:
         del model
         about = f'{origin} (before fine-tuning)'
         predict(load_origin(origin).to(device).eval(), 'instruction-data-with-response-before.json', about)
-if world > 1:
-    dist.destroy_process_group()

@@ -5,9 +5,9 @@ Instruction-tune GPT-2: response-only loss, evaluation, checkpoints. One process
     python train.py config/sft_medium.py --init_from=resume
     torchrun --nproc_per_node=2 train.py config/sft_medium.py
 """
-import functools
 import json
 import math
+import pickle
 import signal
 import time
 from dataclasses import asdict
@@ -80,74 +80,63 @@ config = configure(globals())
 
 device, autocast, rank, world = start_machine(device, dtype)
 say = print if rank == 0 else lambda *args: None
+out = Path(out_dir)
 for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interval', 'n_layer', 'n_head', 'n_embd'):
     if config[key] < 1:
         raise UserError(f'{key}={config[key]} must be at least 1')
-if shard and world == 1:
-    raise UserError('shard=True splits a model among processes: start it with torchrun --nproc_per_node=2 train.py ...')
+shard = shard and world > 1
 
 # data
 data = {split: read_split(dataset, split) for split in ('train', 'val')}
-sources = {split: (meta['sha256'], meta['split_seed']) for split, (_, meta) in data.items()}
-if sources['train'] != sources['val']:
-    raise UserError(f'train and val of data/{dataset} come from different runs; run: python prepare.py')
-for split, (_, meta) in data.items():
-    empty = np.flatnonzero(meta['end'] <= first_targets(meta, loss_on))
-    if len(empty):
-        raise UserError(f'{split} row {empty[0]} of data/{dataset} has no token to learn; run: python prepare.py')
-n_rows = len(data['train'][1]['start'])
+rows = data['train'][1]
+length, supervised = rows['end'] - rows['start'], rows['end'] - first_targets(rows, loss_on)
+longest = max(length.max(), (data['val'][1]['end'] - data['val'][1]['start']).max())
+if rows['sha256'] != data['val'][1]['sha256']:
+    raise UserError(f'train and val of data/{dataset} come from different rows; run: python prepare.py')
 
-# what a checkpoint must agree in; the rest may change on the way
-AGREE = ('dataset', 'seed', 'batch_size', 'shuffle', 'packing', 'loss_on', 'dropout', 'learning_rate', 'schedule',
-         'warmup_steps', 'min_lr', 'weight_decay', 'decay', 'beta1', 'beta2', 'grad_clip', 'lora_rank', 'lora_alpha',
-         'lora_dropout', 'lora_targets', 'quantize')
-out = Path(out_dir)
-last = None  # the checkpoint that is gone on with
+# a checkpoint to go on with must agree in all that shapes the weights; this may change on the way
+FREE = ('init_from out_dir weights cache_dir gradient_accumulation_steps epochs max_steps eval_interval eval_iters '
+        'sample_every_epoch save_interval keep_best patience device compile shard').split()
+last = None
 if init_from == 'resume':
     try:
         last = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise UserError(f'no {out}/ckpt.pt to resume: start without --init_from=resume') from error
-    except Exception as error:
-        raise UserError(f'{out}/ckpt.pt is not a checkpoint ({error}): start without --init_from=resume') from error
-    differ = [f'{k} was {last["config"][k]!r}, is {config[k]!r}' for k in AGREE if last['config'][k] != config[k]]
-    if last['sha256'] != data['train'][1]['sha256']:
-        differ.append(f'the rows of data/{dataset} have changed')
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f'cannot resume from {out}/ckpt.pt ({error}): start without --init_from=resume') from error
+    was = last['config'] | {'rows': last['sha256']}
+    differ = [f'{key} was {was.get(key)!r}, is {value!r}' for key, value in (config | {'rows': rows['sha256']}).items()
+              if key not in FREE and value != was.get(key)]
     if differ:
-        raise UserError(f'{out}/ckpt.pt is of another run: ' + ', '.join(differ) + '; set them back, or start anew')
+        raise UserError(f'{out}/ckpt.pt is of another run: {", ".join(differ)}; set them back, or start without resume')
+origin = last['config']['init_from'] if last else init_from
 
 # model
 torch.manual_seed(seed)
-origin = last['config']['init_from'] if last else init_from
 if world > 1 and rank > 0:
-    dist.barrier()  # rank 0 downloads
+    dist.barrier()  # until rank 0 has downloaded
 if last and not lora_rank:
-    model = GPT(GPTConfig(**last['model_config']))
+    model = GPT(GPTConfig(**last['model_config']))  # its weights come from the checkpoint
 elif origin == 'scratch':
     model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout))
 else:
     model = GPT.from_pretrained(origin, cache_dir=cache_dir, prefer=weights, dropout=dropout)
 if world > 1 and rank == 0:
     dist.barrier()
+name = f'{model.config.name}-sft'
 block_size = min(block_size, model.config.block_size)
-longest = max((meta['end'] - meta['start']).max() for _, meta in data.values())
-if longest - 1 > block_size:
-    raise UserError(f'data/{dataset} has rows of {longest} tokens, block_size is {block_size}; run: '
-                    f'python prepare.py --block_size={block_size}')
-if model.config.vocab_size < data['train'][1]['vocab_size']:
-    raise UserError(f'{origin} knows {model.config.vocab_size} tokens, data/{dataset} uses {data["train"][1]["vocab_size"]}')
+if longest > block_size + 1:
+    raise UserError(f'data/{dataset} has a row of {longest} tokens; run: python prepare.py --block_size={block_size}')
+if model.config.vocab_size < rows['vocab_size']:
+    raise UserError(f'{origin} knows {model.config.vocab_size} tokens, data/{dataset} is written in {rows["vocab_size"]}')
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets, quantize)
 elif quantize != 'none':
     raise UserError(f'quantize={quantize!r} freezes the matrices, so it needs LoRA: add --lora_rank=16')
-model.to(device)
-params = [p for p in model.parameters() if p.requires_grad]
-say(f'{model.config.name}: {sum(p.numel() for p in model.parameters()):,} parameters, '
-    f'{sum(p.numel() for p in params):,} of them trained, on {device}')
-name = f'{model.config.name}-sft'
+net = model.to(device)
+sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad >= trained) for trained in (False, True)]
+say('{} on {}: {:,} parameters, {:,} of them trained'.format(name[:-4], device, *sizes))
 if compile:
-    model.compile(dynamic=True)  # in place, so that the names of the parameters stay
-net = model
+    model.compile(dynamic=True)  # in place: the names of the parameters stay
 if shard:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     for part in (*model.h, model):
@@ -158,48 +147,37 @@ elif world > 1:
 
 # optimizer
 params = [p for p in model.parameters() if p.requires_grad]
-if decay == 'all':
-    groups = [{'params': params}]
-elif decay == 'matrices':
-    groups = [{'params': [p for p in params if p.dim() > 1]}, {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0}]
-else:
+if decay not in ('all', 'matrices'):
     raise UserError(f"decay={decay!r} is none of 'all', 'matrices'")
+groups = [{'params': params}]
+if decay == 'matrices':
+    groups = [{'params': [p for p in params if p.dim() > 1]},
+              {'params': [p for p in params if p.dim() == 1], 'weight_decay': 0.0}]
 optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 
-# where we are
-step, seen, best, waited = 0, 0, math.inf, 0  # seen: examples since the start; waited: evaluations without a new best
+# where the run is: updates done, examples seen, the lowest val loss, evaluations since it, the last evaluation
+at = {'step': 0, 'seen': 0, 'best': math.inf, 'waited': 0, 'val_loss': math.nan}
 whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=not lora_rank)
 if last:
     set_state_dict(model, optimizer, model_state_dict=last['model'], optim_state_dict=last['optimizer'], options=whole)
-    step, seen, best, waited = last['step'], last['seen'], last['best'], last['waited']
-    del last
+    at = last['at']
+step = first = at['step']
 rows_a_step = batch_size * gradient_accumulation_steps * world
-epoch, place = divmod(seen, n_rows)
-first = step
-steps = max_steps or step + math.ceil((n_rows - place) / rows_a_step) + (epochs - epoch - 1) * math.ceil(n_rows / rows_a_step)
-
-
-@functools.lru_cache(1)
-def epoch_order(epoch):
-    """Row numbers in the order in which this epoch takes them."""
-    return np.random.default_rng((seed, epoch)).permutation(n_rows) if shuffle else np.arange(n_rows)
+epoch, place = divmod(at['seen'], len(length))
+steps = max_steps or (step + math.ceil((len(length) - place) / rows_a_step)
+                      + (epochs - epoch - 1) * math.ceil(len(length) / rows_a_step))
 
 
 def get_batch(split, numbers):
     """-> ids, targets, positions, segments on the device. No rows: row 0 with nothing supervised, to keep in step."""
-    x, y, positions, segments = make_batch(data[split], numbers if len(numbers) else [0], packing, loss_on, block_size)
+    batch = make_batch(data[split], numbers if len(numbers) else [0], packing, loss_on, block_size)
     if not len(numbers):
-        y[:] = IGNORE
-    return [torch.from_numpy(a).to(device) for a in (x, y, positions, segments)[:4 if packing else 3]]
-
-
-def n_supervised(split, numbers):
-    meta = data[split][1]
-    return int((meta['end'] - first_targets(meta, loss_on))[numbers].sum())
+        batch[1][:] = IGNORE
+    return [torch.from_numpy(array).to(device) for array in batch[:4 if packing else 3]]
 
 
 def sum_over_processes(*values):
-    total = torch.tensor(values, dtype=torch.float64, device=device if device.type == 'cuda' else 'cpu')
+    total = torch.tensor(values, device=device, dtype=torch.float32 if device.type == 'mps' else torch.float64)
     if world > 1:
         dist.all_reduce(total)
     return total.tolist()
@@ -207,10 +185,10 @@ def sum_over_processes(*values):
 
 @torch.no_grad()
 def estimate_loss(split):
-    """The loss a supervised token over eval_iters batches that are the same every time, shared out among processes."""
+    """-> nats a supervised token over eval_iters batches, the same ones every time, shared out among processes."""
     model.eval()
-    numbers = np.random.default_rng(seed).permutation(len(data[split][1]['start']))
-    numbers = numbers[:eval_iters * batch_size * world or None]
+    meta = data[split][1]
+    numbers = np.random.default_rng(abs(seed)).permutation(len(meta['start']))[:eval_iters * batch_size * world or None]
     chunks = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
     chunks += [numbers[:0]] * (-len(chunks) % world)  # as many for each process
     total = 0.0
@@ -218,14 +196,14 @@ def estimate_loss(split):
         with autocast:
             total += model(*get_batch(split, chunk), denominator=1)[1].item()
     model.train()
-    return sum_over_processes(total)[0] / n_supervised(split, numbers)
+    return sum_over_processes(total)[0] / (meta['end'] - first_targets(meta, loss_on))[numbers].sum().item()
 
 
 def get_lr(step):
+    done = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    if schedule == 'constant':
+    elif schedule == 'constant':
         return learning_rate
     elif schedule == 'linear':
         return learning_rate + done * (min_lr - learning_rate)
@@ -236,153 +214,138 @@ def get_lr(step):
 
 def show_answers():
     """Answer three val prompts and print the answers beside the references."""
-    rows = data['val'][1]['rows'][:3]
+    shown = data['val'][1]['rows'][:3]
     with autocast:
-        answers = model.generate([encode_prompt(row) for row in rows], max_new_tokens=50)
-    for row, answer in zip(rows, answers):
-        say(f'  {row["instruction"]}  {row.get("input") or ""}\n    reference: {row["output"]}\n    answer:    {decode(answer)}')
+        answers = model.generate([encode_prompt(row) for row in shown], max_new_tokens=50)
+    for row, answer in zip(shown, answers):
+        say('  {}  {}\n    reference: {}\n    answer:    {}'.format(row['instruction'], row.get('input') or '', row['output'],
+                                                              decode(answer)))
 
 
 def save_checkpoint():
-    state, optimizer_state = get_state_dict(model, optimizer, options=whole)
-    state = {'model': state, 'optimizer': optimizer_state, 'step': step, 'seen': seen, 'best': best, 'waited': waited,
-             'config': {**config, 'init_from': origin}, 'model_config': asdict(model.config), 'sha256': data['train'][1]['sha256']}
+    state, moments = get_state_dict(model, optimizer, options=whole)
+    state = {'model': state, 'optimizer': moments, 'at': at, 'config': config | {'init_from': origin},
+             'model_config': asdict(model.config), 'sha256': rows['sha256']}
     if rank == 0:
         write_aside(out / 'ckpt.pt', lambda file: torch.save(state, file), 'wb')
 
 
 def save_model():
-    """The plain state dict, LoRA merged into it, and what made it; the adapter alone beside it."""
+    """The plain state dict, LoRA merged into it, and what made it; LoRA's own matrices beside it."""
     state = plain_state(model)
+    about = {'model': asdict(model.config), 'init_from': origin, 'sha256': rows['sha256'], **at, 'config': config}
+    if lora_rank:
+        save_adapter(model, out / 'adapter.safetensors', about, write=rank == 0)
     if rank == 0:
         write_aside(out / f'{name}.pth', lambda file: torch.save(state, file), 'wb')
-        write_json(out / f'{name}.json', {'model': asdict(model.config), 'step': step, 'val_loss': val_loss, 'init_from': origin,
-                                          'config': config, 'sha256': data['train'][1]['sha256']})
-        if lora_rank:
-            save_adapter(model, out / 'adapter.safetensors', {'init_from': origin, 'step': step})
+        write_json(out / f'{name}.json', about)
 
 
 def record(**fields):
     if rank == 0:
-        log.write(json.dumps(fields) + '\n')
-        log.flush()
+        with open(out / 'log.jsonl', 'a') as file:
+            file.write(json.dumps(fields) + '\n')
 
 
 def draw_curves():
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return say('loss.png is not drawn: pip install matplotlib')
+        return say('loss.png is not drawn; for it: pip install matplotlib')
     records = [json.loads(line) for line in open(out / 'log.jsonl')]
     axes = (figure := Figure(figsize=(7, 4), layout='constrained')).subplots()
-    for key, style in {'loss': '-', 'train_loss': 'o-', 'val_loss': 'o-'}.items():
-        points = [(r['step'], r[key]) for r in records if key in r]
-        axes.plot(*zip(*points), style, label=key, markersize=3, alpha=0.4 if key == 'loss' else 1.0)
+    for key, style in {'loss': '-', 'train_loss': 'o--', 'val_loss': 'o-'}.items():
+        axes.plot(*zip(*[(r['step'], r[key]) for r in records if key in r]), style, label=key, markersize=3)
     axes.set(xlabel='step', ylabel='nats a supervised token', title=name)
     axes.legend()
     write_aside(out / 'loss.png', lambda file: figure.savefig(file, format='png', dpi=150), 'wb')
 
 
 # the log goes on behind the checkpoint; what an interrupted run wrote after it comes again
-out.mkdir(parents=True, exist_ok=True)
-kept = []
-if step and (out / 'log.jsonl').exists():
-    kept = [line for line in open(out / 'log.jsonl') if json.loads(line)['step'] <= step]
 if rank == 0:
-    write_aside(out / 'log.jsonl', lambda file: file.writelines(kept))
-    log = open(out / 'log.jsonl', 'a')
+    lines = open(out / 'log.jsonl').readlines() if first and (out / 'log.jsonl').exists() else []
+    write_aside(out / 'log.jsonl', lambda file: file.writelines(x for x in lines if json.loads(x)['step'] <= first))
 
-# Ctrl-C (and a scheduler's SIGTERM) ends the run after the step at hand, saved; a second one ends it at once
-stop = False
+# Ctrl-C, or a scheduler's SIGTERM, ends the run after the step at hand, saved; a second one ends it at once
+asked = []
 
 
-def stop_after_this_step(number, frame):
-    global stop
-    stop = True
+def ask(number, frame):
+    asked.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
-signal.signal(signal.SIGINT, stop_after_this_step)
-signal.signal(signal.SIGTERM, stop_after_this_step)
+signal.signal(signal.SIGINT, ask)
+signal.signal(signal.SIGTERM, ask)
 
-say(f'{n_rows} rows, {rows_a_step} a step, steps {step} to {steps}')
-bar = tqdm(total=steps, initial=step, unit='step', disable=None if rank == 0 else True)
-say = bar.write if not bar.disable else say
+say(f'{len(length)} rows, {rows_a_step} a step; from step {first} to {steps}')
+bar = tqdm(total=steps, initial=first, unit='step', disable=None if rank == 0 else True)
+say = say if bar.disable else bar.write
 model.train()
-val_loss, saved = math.nan, step
+stop = False
 while True:
     last_step = step >= steps or stop
-    new_epoch = seen and seen % n_rows == 0 and step > first
-    # a resumed run evaluated here before it stopped
-    if (step % eval_interval == 0 or last_step) and not stop and (step > first or not step):
-        train_loss, val_loss = estimate_loss('train'), estimate_loss('val')
-        say(f'step {step}/{steps} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
-        record(step=step, train_loss=train_loss, val_loss=val_loss)
-        waited = 0 if val_loss < best else waited + 1
-        if step and val_loss < best:
-            best = val_loss
-            if keep_best:
-                save_model()
-        if patience and waited >= patience:
-            say(f'no lower val loss in {patience} evaluations: the run ends')
-            last_step = True
-    if new_epoch and sample_every_epoch:
+    epoch_ended = step > first and at['seen'] % len(length) == 0
+    # evaluation, at both ends and between; a resumed run has it behind it
+    if (step % eval_interval == 0 or last_step) and not stop and (step > first or step == 0):
+        train_loss, at['val_loss'] = estimate_loss('train'), estimate_loss('val')
+        say(f'step {step}/{steps} | train loss {train_loss:.4f} | val loss {at["val_loss"]:.4f}')
+        record(step=step, train_loss=train_loss, val_loss=at['val_loss'])
+        better = step and at['val_loss'] < at['best']
+        at |= {'best': at['val_loss'], 'waited': 0} if better else {'waited': at['waited'] + (step > 0)}
+        if better and keep_best:
+            save_model()
+        last_step = last_step or 0 < patience <= at['waited']
+    if epoch_ended and sample_every_epoch:
         show_answers()
-    if (last_step or (step % save_interval == 0 if save_interval else new_epoch)) and step > saved:
+    if step > first and (last_step or (step % save_interval == 0 if save_interval else epoch_ended)):
         save_checkpoint()
-        saved = step
     if last_step:
         break
-    # one update: the loss is the sum over the supervised tokens of all micro-batches and processes, divided by their number
+
+    # one update. The loss: summed over the supervised tokens of all micro-batches and processes, divided by their number
     began = time.perf_counter()
-    torch.manual_seed(hash((seed, step, rank)))  # dropout; so that a resumed run draws what the unbroken one does
-    for group in optimizer.param_groups:
-        group['lr'] = get_lr(step)
-    epoch, place = divmod(seen, n_rows)
-    numbers = epoch_order(epoch)[place:place + rows_a_step]
-    supervised = n_supervised('train', numbers)
-    chunks = np.array_split(numbers, gradient_accumulation_steps * world)[rank::world]
-    loss = 0.0
+    torch.manual_seed(hash((seed, step, rank)))  # for dropout: a resumed run draws what the unbroken one draws
+    epoch, place = divmod(at['seen'], len(length))
+    order = np.random.default_rng(abs(hash((seed, epoch)))).permutation(len(length)) if shuffle else np.arange(len(length))
+    numbers = order[place:place + rows_a_step]
+    n_supervised, n_tokens = supervised[numbers].sum().item(), length[numbers].sum().item()
+    loss, chunks = 0.0, np.array_split(numbers, gradient_accumulation_steps * world)[rank::world]
     for i, chunk in enumerate(chunks):
-        is_last = i == len(chunks) - 1  # processes exchange gradients once a step
         if shard:
-            model.set_requires_gradient_sync(is_last)
+            model.set_requires_gradient_sync(i == len(chunks) - 1)  # gradients are exchanged once a step
         elif world > 1:
-            net.require_backward_grad_sync = is_last
+            net.require_backward_grad_sync = i == len(chunks) - 1
         with autocast:
-            part = net(*get_batch('train', chunk), denominator=supervised)[1]
+            part = net(*get_batch('train', chunk), denominator=n_supervised)[1]
         (part * world).backward()  # torch averages over processes; the sum is wanted
         loss += part.item()
-    loss, stops = sum_over_processes(loss, stop)
-    stop = stops > 0
-    gradients = [p.grad for p in params]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    loss, stop = sum_over_processes(loss, len(asked))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
     norm = norm.full_tensor() if shard else norm
-    if not math.isfinite(loss) or not norm.isfinite():
-        bar.close()
-        raise UserError(f'step {step + 1}: loss {loss}, gradient norm {norm.item()}; the checkpoint of step {saved} is kept; '
-                        'lower learning_rate, set grad_clip, or go back to it with --init_from=resume')
+    if not math.isfinite(loss + norm.item()):
+        raise UserError(f'step {step + 1} has loss {loss} and gradient norm {norm.item()}; the last checkpoint is kept. '
+                        'Lower learning_rate or set grad_clip')
     if grad_clip:
         torch.nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    for group in optimizer.param_groups:
+        group['lr'] = get_lr(step)
     optimizer.step()
     optimizer.zero_grad()
-    step, seen = step + 1, seen + len(numbers)
-    # the log
+    step += 1
+    at |= {'step': step, 'seen': at['seen'] + len(numbers)}
     seconds = time.perf_counter() - began
-    tokens = int((data['train'][1]['end'] - data['train'][1]['start'])[numbers].sum())
-    record(step=step, loss=loss, lr=optimizer.param_groups[0]['lr'], supervised_tokens=supervised, tokens=tokens,
-           seconds=seconds, grad_norm=norm.item())
-    bar.set_postfix_str(f'loss {loss:.3f}, {tokens / seconds:.0f} tokens/s', refresh=False)
+    record(step=step, loss=loss, lr=group['lr'], supervised_tokens=n_supervised, tokens=n_tokens, seconds=seconds,
+           grad_norm=norm.item())
+    line = f'loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm.item():.2f} | {n_tokens / seconds:.0f} tokens/s'
+    bar.set_postfix_str(line, refresh=False)
     bar.update()
     if bar.disable:
-        say(f'step {step}/{steps} | loss {loss:.4f} | lr {get_lr(step - 1):.2e} | norm {norm.item():.2f} | '
-            f'{tokens / seconds:.0f} tokens/s | {seconds * 1000:.0f} ms')
+        say(f'step {step}/{steps} | {line} | {seconds * 1000:.0f} ms')
 bar.close()
 
-if not keep_best or best == math.inf:
+if not keep_best or at['best'] == math.inf:
     save_model()
 if rank == 0:
     draw_curves()
-say(f'{"stopped at" if stop else "finished"} step {step}; wrote {out}/: ckpt.pt, {name}.pth, {name}.json, log.jsonl, loss.png')
-if world > 1:
-    dist.destroy_process_group()
+say(f'{"stopped at" if stop else "finished"} step {step}; {out}/ has ckpt.pt, {name}.pth, {name}.json, log.jsonl, loss.png')

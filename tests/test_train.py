@@ -1,0 +1,278 @@
+"""The loop through its own command: what it logs, saves, resumes and refuses; one process and several."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig
+from prepare import first_targets, read_split
+
+NAME = 'gpt2-2x32-sft'
+
+
+@pytest.fixture
+def train(run, prepared, tmp_path):
+    """train(flag, ..., out='a', processes=1, code=0) -> the records of the run's log, after train.py ended with code."""
+    shutil.copytree(prepared / 'data', tmp_path / 'data')
+
+    def train(*flags, out='a', processes=1, **kwargs):
+        launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
+        env = {'OMP_NUM_THREADS': '1'} if processes > 1 else {}
+        train.shown = run(*launcher, 'train.py', *TINY, '--dataset=tiny', f'--out_dir={out}', *flags, env=env, **kwargs)
+        log = tmp_path / out / 'log.jsonl'
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return train
+
+
+def steps(records):
+    """The training records without their times."""
+    return [{key: value for key, value in record.items() if key != 'seconds'} for record in records if 'loss' in record]
+
+
+def state(folder):
+    return torch.load(folder / f'{NAME}.pth', weights_only=True)
+
+
+def test_a_run(train, tmp_path):
+    """Artifacts, records, and each logged loss and update against an independent loop."""
+    records = train('--max_steps=4', '--packing=False', '--eval_iters=0', '--shuffle=False')
+    assert {path.name for path in (tmp_path / 'a').iterdir()} == \
+        {'log.jsonl', 'ckpt.pt', f'{NAME}.pth', f'{NAME}.json', 'loss.png'}
+    assert (tmp_path / 'a/loss.png').read_bytes().startswith(b'\x89PNG')
+    assert [r['step'] for r in records if 'val_loss' in r] == [0, 4] and [r['step'] for r in steps(records)] == [1, 2, 3, 4]
+    assert set(records[1]) == {'step', 'loss', 'lr', 'supervised_tokens', 'tokens', 'seconds', 'grad_norm'}
+    # chapter 7's way: a row at a time, full logits, all parameters in one AdamW
+    os.chdir(tmp_path)
+    data = {split: read_split('tiny', split) for split in ('train', 'val')}
+    torch.manual_seed(123)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128))
+
+    def total(split, numbers):
+        ids, meta = data[split]
+        loss, count = 0.0, 0
+        for n in numbers:
+            row = torch.from_numpy(ids[meta['start'][n]:meta['end'][n]].astype(np.int64))
+            first = int(meta['answer'][n] - meta['start'][n])
+            loss = loss + F.cross_entropy(model(row[None])[0][0, first - 1:-1], row[first:], reduction='sum')
+            count += len(row) - first
+        return loss, count
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    loss, count = total('val', range(len(data['val'][1]['start'])))
+    assert records[0]['val_loss'] == pytest.approx(loss.item() / count, rel=1e-5)
+    for i, record in enumerate(steps(records)):
+        loss, count = total('train', range(8 * i, 8 * i + 8))
+        assert record['supervised_tokens'] == count and record['loss'] == pytest.approx(loss.item() / count, rel=1e-5)
+        optimizer.zero_grad()
+        (loss / count).backward()
+        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+        assert record['grad_norm'] == pytest.approx(norm.item(), rel=1e-4)
+        optimizer.step()
+    for key, value in state(tmp_path / 'a').items():
+        torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=2e-5)
+
+
+def test_the_same_seed_gives_the_same_log_and_packing_the_same_losses(train):
+    one = train('--max_steps=5', '--dropout=0.1', out='a')
+    two = train('--max_steps=5', '--dropout=0.1', out='b')
+    assert steps(one) == steps(two) and one[0] == two[0]
+    plain, packed = train('--max_steps=5', '--packing=False', out='c'), train('--max_steps=5', out='d')
+    assert [r['loss'] for r in steps(plain)] == pytest.approx([r['loss'] for r in steps(packed)], rel=1e-5)
+
+
+def test_an_epoch_takes_every_row_once(train):
+    records = train('--epochs=2', '--sample_every_epoch=True', '--max_steps=0')
+    rows = len(read_split('tiny', 'train')[1]['start'])
+    tokens = int(read_split('tiny', 'train')[1]['tokens'])
+    a_epoch = math.ceil(rows / 8)
+    assert len(steps(records)) == 2 * a_epoch
+    assert sum(r['tokens'] for r in steps(records)[:a_epoch]) == tokens == sum(r['tokens'] for r in steps(records)[a_epoch:])
+    assert steps(records)[0]['supervised_tokens'] != steps(records)[a_epoch]['supervised_tokens']  # another order
+    assert train.shown.stdout.count('reference:') == 6  # three val prompts, answered at each end
+
+
+@pytest.mark.parametrize('extra', [(), ('--lora_rank=4', '--lora_dropout=0.1')])
+def test_resume_is_bit_for_bit(train, tmp_path, extra):
+    flags = '--dropout=0.1', '--schedule=linear', '--warmup_steps=2', *extra
+    whole = train('--max_steps=12', *flags, out='a')
+    # killed after its checkpoint of step 6 (past an epoch's middle): what it logged behind that is made anew
+    train('--max_steps=12', *flags, '--save_interval=6', out='b')
+    checkpoint = torch.load(tmp_path / 'b/ckpt.pt', weights_only=True)
+    assert checkpoint['at']['step'] == 12 and not any('_orig_mod' in key or 'module.' in key for key in checkpoint['model'])
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=c', '--max_steps=12', *flags,
+                                '--save_interval=6', '--eval_interval=1'], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 8/'):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert torch.load(tmp_path / 'c/ckpt.pt', weights_only=True)['at']['step'] == 6
+    resumed = train('--max_steps=12', *flags, '--init_from=resume', '--save_interval=6', out='c')
+    assert steps(resumed) == steps(whole)
+    a, c = state(tmp_path / 'a'), state(tmp_path / 'c')
+    assert all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_ctrl_c_saves_and_ends_cleanly(train, prepared, tmp_path):
+    whole = train('--max_steps=30', out='a')
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=b', '--max_steps=30'],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 3/'):
+            process.send_signal(signal.SIGINT)
+            break
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and 'stopped at step' in rest and 'Traceback' not in error
+    assert (tmp_path / 'b' / f'{NAME}.pth').exists()
+    assert steps(train('--max_steps=30', '--init_from=resume', out='b')) == steps(whole)
+
+
+def test_resume_refuses_another_run(train):
+    train('--max_steps=2')
+    train('--max_steps=4', '--init_from=resume', '--n_embd=64', '--learning_rate=0.1', code=2)
+    assert 'n_embd was 32, is 64' in train.shown.stderr and 'learning_rate was 0.001, is 0.1' in train.shown.stderr
+    train('--init_from=resume', out='nothing', code=2)
+    assert 'nothing/ckpt.pt' in train.shown.stderr
+
+
+def test_accumulation_and_processes_are_one_step(train, tmp_path):
+    """8x1, 2x2x2 processes, 4x2 processes sharded: the same losses, norms and weights; a short last batch does not hang."""
+    flags = '--epochs=1', '--grad_clip=0.5', '--eval_iters=0', '--decay=matrices'
+    one = train(*flags, '--batch_size=8', out='one')
+    for out, extra, processes in (('accumulated', ('--batch_size=2', '--gradient_accumulation_steps=4'), 1),
+                                  ('processes', ('--batch_size=2', '--gradient_accumulation_steps=2'), 2),
+                                  ('sharded', ('--batch_size=4', '--shard=True'), 2)):
+        other = train(*flags, *extra, out=out, processes=processes)
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            for key in a.keys() - {'seconds'}:
+                assert a[key] == pytest.approx(b[key], rel=2e-4 if key == 'grad_norm' else 1e-5), (out, key)
+        a, b = state(tmp_path / 'one'), state(tmp_path / out)
+        assert list(a) == list(b)
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+    # more processes than rows in the epoch's last step: one of them has none
+    rows = len(read_split('tiny', 'train')[1]['start'])
+    train('--epochs=1', f'--batch_size={(rows - 1) // 2}', out='empty', processes=2)
+    assert steps(train('--epochs=1', f'--batch_size={rows - 1}', out='full'))[-1]['tokens'] > 0
+
+
+def test_resume_with_another_number_of_processes(train, tmp_path):
+    whole = train('--max_steps=6', '--batch_size=4', '--gradient_accumulation_steps=2', out='a')
+    train('--max_steps=3', '--batch_size=4', out='b', processes=2)
+    resumed = train('--max_steps=6', '--batch_size=4', '--gradient_accumulation_steps=2', '--init_from=resume', out='b')
+    assert [r['loss'] for r in steps(resumed)] == pytest.approx([r['loss'] for r in steps(whole)], rel=1e-5)
+    train('--max_steps=8', '--batch_size=4', '--shard=True', '--init_from=resume', out='b', processes=2)
+
+
+def test_schedules(train):
+    def rates(*flags):
+        return [r['lr'] for r in steps(train('--max_steps=5', '--warmup_steps=2', *flags))]
+    assert rates() == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert rates('--schedule=linear', '--min_lr=1e-4') == pytest.approx([5e-4, 1e-3, 1e-3, 7e-4, 4e-4])
+    cosine = [1e-4 + 0.5 * 9e-4 * (1 + math.cos(math.pi * i / 3)) for i in range(3)]
+    assert rates('--schedule=cosine', '--min_lr=1e-4') == pytest.approx([5e-4, 1e-3, *cosine])
+    train('--schedule=step', code=2)
+
+
+def test_keep_best_and_patience(train, tmp_path):
+    """A learning rate that soon overshoots: the model kept is the best one, and the run ends early."""
+    records = train('--max_steps=60', '--learning_rate=3e-2', '--eval_interval=2', '--patience=3', '--keep_best=True', '--eval_iters=0')
+    losses = {r['step']: r['val_loss'] for r in records if 'val_loss' in r}
+    best = min((step for step in losses if step), key=losses.get)
+    about = json.loads((tmp_path / 'a' / f'{NAME}.json').read_text())
+    assert about['step'] == best and about['val_loss'] == losses[best] and max(losses) == best + 6 < 60
+
+
+def test_a_run_that_diverges_keeps_its_checkpoint(train, tmp_path):
+    train('--max_steps=3', '--save_interval=1')
+    before = (tmp_path / 'a/ckpt.pt').read_bytes()
+    checkpoint = torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)
+    checkpoint['model']['wte.weight'][:] = float('nan')
+    torch.save(checkpoint, tmp_path / 'a/ckpt.pt')
+    broken = (tmp_path / 'a/ckpt.pt').read_bytes()
+    train('--max_steps=9', '--init_from=resume', '--save_interval=1', code=2)
+    assert 'loss nan' in train.shown.stderr and (tmp_path / 'a/ckpt.pt').read_bytes() == broken != before
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(train, tmp_path):
+    train('--max_steps=2')
+    before = (tmp_path / 'a/ckpt.pt').read_bytes()
+    limit = f'ulimit -f {len(before) // 1024 // 2}; exec "$@"'
+    command = ['bash', '-c', limit, 'bash', sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=a', '--max_steps=4',
+               '--init_from=resume']
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and 'cannot write a/ckpt.pt' in process.stderr, process.stderr
+    assert 'Traceback' not in process.stderr and (tmp_path / 'a/ckpt.pt').read_bytes() == before
+    assert not list((tmp_path / 'a').glob('*.aside'))
+
+
+def test_rows_without_a_target_are_refused(train, tmp_path):
+    meta = json.loads((tmp_path / 'data/tiny/train.json').read_text())
+    meta['answer'][3] = meta['start'][4]
+    (tmp_path / 'data/tiny/train.json').write_text(json.dumps(meta))
+    train('--max_steps=2', code=2)
+    assert 'no token to learn' in train.shown.stderr
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--dataset=absent'], 'run: python prepare.py'),
+    (['--block_size=32'], 'prepare.py --block_size=32'),
+    (['--batch_size=0'], 'batch_size=0 must be at least 1'),
+    (['--n_head=3'], 'n_head'),
+    (['--loss_on=prompt'], "'answer', 'response', 'all'"),
+    (['--decay=none'], 'decay'),
+    (['--device=tpu'], 'device'),
+    (['--dtype=float16'], 'dtype'),
+    (['--init_from=absent/model'], 'absent/model'),
+    (['--quantize=nf4'], 'lora_rank'),
+    (['--lora_rank=4', '--lora_targets=wte'], 'lora_targets'),
+])
+def test_mistakes_end_in_one_line(train, flags, said):
+    train(*flags, code=2)
+    assert said in train.shown.stderr
+
+
+def test_bfloat16_and_compile(train, tmp_path):
+    plain = train('--max_steps=3', out='a')
+    half = train('--max_steps=3', '--dtype=bfloat16', out='b')
+    assert [r['loss'] for r in steps(half)] == pytest.approx([r['loss'] for r in steps(plain)], rel=2e-3)
+    assert all(value.dtype == torch.float32 for value in state(tmp_path / 'b').values())
+    if shutil.which('g++') is None:
+        pytest.skip('compile needs a C++ compiler')
+    compiled = train('--max_steps=3', '--compile=True', out='c', timeout=200)
+    assert [r['loss'] for r in steps(compiled)] == pytest.approx([r['loss'] for r in steps(plain)], rel=1e-4)
+    assert list(state(tmp_path / 'c')) == list(state(tmp_path / 'a'))
+
+
+def test_memory_does_not_grow_with_the_rows(data):
+    """Ids stay on the disk: a batch copies its own rows only."""
+    ids, meta = data('train')
+    assert isinstance(ids, np.memmap) and first_targets(meta, 'answer').nbytes == 8 * meta['examples']
+
+
+def test_a_terminal_gets_a_bar(train, tmp_path):
+    """Under a pseudo-terminal the steps are a bar with loss, tokens/s and time left, no line each."""
+    import pty
+    main, second = pty.openpty()
+    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=t', '--max_steps=30'],
+                               cwd=tmp_path, stdout=second, stderr=second, stdin=subprocess.DEVNULL)
+    os.close(second)
+    shown, began = b'', time.time()
+    while time.time() - began < 100:
+        try:
+            shown += os.read(main, 1 << 16)
+        except OSError:
+            break
+    assert process.wait() == 0
+    assert b'tokens/s' in shown and b'30/30' in shown and b'step 2/30 | loss' not in shown and b'val loss' in shown
