@@ -8,11 +8,17 @@ GPT-2 in one file: the network, generation with a cache, and every way of loadin
 B rows, T positions, C = n_embd channels, H heads of C/H channels.
 """
 import math
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+from config import UserError
+from weights import RELEASED, fetch_released, read_json, read_openai, unreadable
 
 IGNORE = -100  # a target that is not supervised
 CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
@@ -132,3 +138,143 @@ class GPT(nn.Module):
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK) if len(targets) > CHUNK else None
         loss = F.linear_cross_entropy(x, self.wte.weight, targets, reduction='sum', options=options)
         return None, loss / (denominator or len(targets))
+
+    # --- loading
+
+    @classmethod
+    def from_pretrained(cls, where, cache_dir='', weights='openai', dropout=0.0):
+        """
+        where: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to a file or folder: OpenAI's, Hugging Face's, or our own.
+        The names are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), from 'openai' or 'huggingface', and
+        from the other if that fails. -> a GPT in fp32 on the CPU, in training mode. UserError names the file or the tensor.
+        """
+        if weights not in ('openai', 'huggingface'):
+            raise UserError(f"weights is 'openai' or 'huggingface', not {weights!r}")
+        path = fetch_released(where, cache_dir, weights) if where in RELEASED else find_checkpoint(where)
+        try:
+            config, tensors = read_checkpoint(path)
+            if where in RELEASED and config != GPTConfig(*RELEASED[where][0]):  # a file that no checksum covers
+                wrong = path.with_name('hparams.json') if path.suffix == '.index' else path
+                raise unreadable(wrong, f'it is not that of {where}')
+            with torch.device('meta'):  # so that the random start is never made
+                model = cls(replace(config, dropout=dropout))
+            model.to_empty(device='cpu').fill(tensors, path)
+        except UserError as error:
+            if where not in RELEASED or not hasattr(error, 'path'):
+                raise
+            error.path.unlink(missing_ok=True)
+            raise UserError(f'{error}; it is removed: start again to download it anew') from error
+        print(f'loaded {path} as {config.name}')
+        return model
+
+    @torch.no_grad()
+    def fill(self, tensors, path):
+        """(name, tensor) pairs of path -> the parameters of these names: every one, no others, of the same shapes."""
+        left, kind = dict(self.named_parameters()), f'a GPT-2 of {self.config.n_layer} layers, width {self.config.n_embd}'
+        for name, tensor in tensors:
+            shape = tuple(tensor.shape)
+            if name not in left:
+                raise UserError(f'{path}: {name} {shape} is no tensor of {kind}')
+            to = left.pop(name)
+            if shape != to.shape or not tensor.is_floating_point():
+                raise UserError(f'{path}: {name} is {shape} of {tensor.dtype}; in {kind} it is {tuple(to.shape)}')
+            to.copy_(tensor)
+        for name, to in left.items():
+            raise UserError(f'{path}: {name} {tuple(to.shape)} of {kind} is missing, and {len(left) - 1} more')
+
+
+def find_checkpoint(where):
+    """A path -> the file that read_checkpoint takes; in a folder the newest of our own, else OpenAI's, else safetensors."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        return path
+    for patterns in ('ckpt.pt', '*-sft.pth'), ('*.index',), ('*.safetensors.index.json',), ('*.safetensors',):
+        found = [file for pattern in patterns for file in path.glob(pattern)]
+        if found:
+            return max(found, key=os.path.getmtime)
+    fault = 'holds no ckpt.pt, *-sft.pth, model.ckpt.index or *.safetensors' if path.is_dir() else 'is no file or folder'
+    raise UserError(f'{where} {fault}; a model is {", ".join(RELEASED)}, or the path to one')
+
+
+def read_checkpoint(path):
+    """-> (GPTConfig, (name, tensor) pairs in GPT's names and shapes, memory-mapped). Raises UserError."""
+    if path.suffix == '.index':
+        hparams = path.with_name('hparams.json')
+        tensors = ((name, as_linear(name, torch.from_numpy(array))) for name, array in read_openai(path))
+        return read_config(hparams, read_json(hparams)), tensors
+    if path.name.endswith(('.safetensors', '.safetensors.index.json')):
+        fields, tensors = read_safetensors(path)
+    elif path.suffix in ('.pt', '.pth'):
+        fields, tensors = read_own(path)
+    else:
+        raise UserError(f'{path} is no *.pth, *.pt, *.index or *.safetensors; a model is {", ".join(RELEASED)}, or a path')
+    return read_config(path, fields, tensors), tensors.items()
+
+
+def read_config(path, fields, tensors=None):
+    """Fields in our, OpenAI's or Hugging Face's names; without any, tensors tell, and heads are 64 wide -> GPTConfig."""
+    ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
+    fields = {ours.get(key, key): value for key, value in fields.items()}
+    try:
+        if not fields and tensors:
+            fields['vocab_size'], fields['n_embd'] = tensors['wte.weight'].shape
+            fields |= {'block_size': len(tensors['wpe.weight']), 'n_head': fields['n_embd'] // 64}
+            fields['n_layer'] = 1 + max(int(name.split('.')[1]) for name in tensors if name.startswith('h.'))
+        config = GPTConfig(*(int(fields[key]) for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')))
+        if min(vars(config).values()) < 0 or config.n_embd % config.n_head:
+            raise ValueError(f'{config.n_head} heads in a width of {config.n_embd}')
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise unreadable(path, f'it does not tell the shapes of a GPT-2 ({error})') from error
+    return config
+
+
+def as_linear(name, tensor):
+    """OpenAI and Hugging Face store layers (in, out) -> the (out, in) view. No shape shows it: attn.c_proj is square."""
+    return tensor.t() if '.c_' in name and name.endswith('weight') and tensor.dim() == 2 else tensor
+
+
+def read_own(path):
+    """A run's ckpt.pt, or a plain state dict with its .json beside it -> (fields of its GPTConfig, {name: tensor})."""
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as error:  # torch.load tells of no error in particular
+        raise unreadable(path, str(error).split('. ')[0]) from error
+    tensors = saved.get('model', saved) if isinstance(saved, dict) else {}
+    if not tensors or not all(map(torch.is_tensor, tensors.values())):
+        raise unreadable(path, 'it holds no state dict')
+    beside = path.with_suffix('.json')
+    return saved.get('model_config') or beside.exists() and read_json(beside).get('model') or {}, tensors
+
+
+def read_safetensors(path):
+    """One file or the index of several, names with or without transformer. -> (config.json or {}, {name: tensor})."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise UserError(f'{path} needs safetensors: pip install safetensors') from error
+    tensors, shards = {}, {'': path.name}
+    if path.suffix == '.json':
+        shards = read_json(path).get('weight_map')
+        if not isinstance(shards, dict) or not all(isinstance(name, str) and name for name in shards.values()):
+            raise unreadable(path, 'its weight_map is not one of tensors and files')
+    for file in sorted({path.with_name(name) for name in shards.values()}):
+        try:
+            with safe_open(file, 'pt') as opened:
+                tensors |= {name.removeprefix('transformer.'): opened.get_tensor(name) for name in opened.keys()}
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, error) from error
+    # the masks of causal attention are no weights
+    tensors = {name: as_linear(name, tensor) for name, tensor in tensors.items()
+               if not re.fullmatch(r'h\.\d+\.attn\.(masked_)?bias', name)}
+    head = tensors.pop('lm_head.weight', None)
+    if head is not None and not torch.equal(head, tensors.get('wte.weight', head)):
+        raise UserError(f'{path}: lm_head.weight differs from wte.weight; in a GPT-2 they are one tensor')
+    beside = path.with_name('config.json')
+    fields = read_json(beside) if beside.exists() else {}
+    # what Hugging Face's GPT-2 may vary and this one does not
+    fixed = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
+             'scale_attn_by_inverse_layer_idx': False}
+    for key, value in fixed.items():
+        if fields.get(key, value) != value:
+            raise UserError(f'{beside}: {key} is {fields[key]!r}, and {value!r} in GPT-2 as it is here')
+    return fields, tensors
