@@ -214,8 +214,8 @@ def read_checkpoint(path):
 def read_config(path, fields, tensors=None):
     """Fields in our, OpenAI's or Hugging Face's names; without any, tensors tell, and heads are 64 wide -> GPTConfig."""
     ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
-    fields = {ours.get(key, key): value for key, value in fields.items()}
     try:
+        fields = {ours.get(key, key): value for key, value in fields.items()}
         if not fields and tensors:
             fields['vocab_size'], fields['n_embd'] = tensors['wte.weight'].shape
             fields |= {'block_size': len(tensors['wpe.weight']), 'n_head': fields['n_embd'] // 64}
@@ -223,7 +223,7 @@ def read_config(path, fields, tensors=None):
         config = GPTConfig(*(int(fields[key]) for key in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')))
         if min(vars(config).values()) < 0 or config.n_embd % config.n_head:
             raise ValueError(f'{config.n_head} heads in a width of {config.n_embd}')
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise unreadable(path, f'it does not tell the shapes of a GPT-2 ({error})') from error
     return config
 
@@ -242,8 +242,10 @@ def read_own(path):
     tensors = saved.get('model', saved) if isinstance(saved, dict) else {}
     if not tensors or not all(map(torch.is_tensor, tensors.values())):
         raise unreadable(path, 'it holds no state dict')
-    beside = path.with_suffix('.json')
-    return saved.get('model_config') or beside.exists() and read_json(beside).get('model') or {}, tensors
+    fields, beside = saved.get('model_config', {}), path.with_suffix('.json')
+    if not fields and beside.exists():
+        fields = read_json(beside).get('model', {})
+    return fields, tensors
 
 
 def read_safetensors(path):

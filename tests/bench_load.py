@@ -3,6 +3,7 @@ Loading GPT-2 Medium: time against reading and hashing its file, and peak memory
 
     python tests/bench_load.py
 """
+import contextlib
 import json
 import re
 import subprocess
@@ -52,7 +53,8 @@ def bench_load():
                     crc = google_crc32c.extend(crc, piece)
 
         figures = {'read and hashed whole, s': best(whole), 'read and hashed in pieces of 1 MiB, s': best(in_pieces)}
-        figures['from_pretrained, s'] = best(lambda: GPT.from_pretrained(folder))
+        with contextlib.redirect_stdout(None):
+            figures['from_pretrained, s'] = best(lambda: GPT.from_pretrained(folder))
         # memory in a process of its own, whose peak before loading is that of the imports
         process = subprocess.run([sys.executable, __file__, 'peak', folder], capture_output=True, text=True, check=True)
         before, after = map(int, process.stdout.split()[-2:])

@@ -105,6 +105,14 @@ def test_once(get, size, capsys):
     assert 2 < len(lines) <= 10 and lines[-1] == 'file: 204,800 of 204,800 bytes'
 
 
+def test_bar_on_a_terminal(get, tmp_path, monkeypatch, capsys):
+    part(tmp_path, BODY[:100_000])
+    monkeypatch.setattr(files.sys.stderr, 'isatty', lambda: True)
+    get()
+    out, err = capsys.readouterr()
+    assert out == '' and '100%' in err and '205k/205k' in err
+
+
 def part(tmp_path, data):
     (tmp_path / 'deep').mkdir()
     (tmp_path / 'deep' / 'file.part').write_bytes(data)
@@ -226,7 +234,8 @@ def released(server, monkeypatch, tmp_path):
     reference = GPT.from_pretrained(source)
     hf = save(huggingface_tensors(reference))
     sizes = [(source / name).stat().st_size for name in (DATA, INDEX)]
-    monkeypatch.setitem(weights.RELEASED, 'gpt2', ((8, 40, 1, 2, 128), '124M', *sizes, len(hf), hashlib.sha256(hf).hexdigest()))
+    row = (8, 40, 1, 2, 128), '124M', *sizes, len(hf), hashlib.sha256(hf).hexdigest()
+    monkeypatch.setitem(weights.RELEASED, 'gpt2', row)
     server.files = {f'/{base}/124M/{name}': (source / name).read_bytes()
                     for base in ('first', 'backup') for name in ('hparams.json', INDEX, DATA)}
     server.files['/hf/gpt2/resolve/main/model.safetensors'] = hf

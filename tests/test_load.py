@@ -408,10 +408,11 @@ def test_faulty_own_checkpoints(tmp_path, reference, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(Trap(), 'x.pth')
     assert 'cannot read x.pth' in fault_of('x.pth') and not Path('sprung').exists()
-    for saved in [], {}, {'a': 1}, {'model': reference.state_dict(), 'model_config': {'n_layer': 2}}, {'a': torch.ones(1)}:
+    tensors = reference.state_dict()
+    for saved in ([], {}, {'a': 1}, {'a': torch.ones(1)}, {'model': tensors, 'model_config': [1]},
+                  {'model': tensors, 'model_config': {'n_layer': 2}}):
         torch.save(saved, 'x.pth')
         assert 'cannot read x.pth' in fault_of('x.pth')
-    tensors = reference.state_dict()
     torch.save({name.replace('h.1', 'h.7'): tensors[name] for name in tensors}, 'x.pth')
     Path('x.json').write_text(json.dumps({'model': vars(reference.config)}))
     assert 'h.7.ln_1.weight (32,) is no tensor of a GPT-2 of 2 layers' in fault_of('x.pth')
