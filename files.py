@@ -3,6 +3,7 @@ Files that are whole or not there at all: written aside and renamed, downloaded 
 
     from files import download, write_aside, write_json
 """
+import hashlib
 import json
 import os
 import sys
@@ -10,6 +11,23 @@ import time
 from pathlib import Path
 
 from config import UserError
+
+WAITS = 0, 1, 2, 4  # seconds before each try of an address
+TIMEOUT = 10, 30  # seconds to connect, and without a byte
+
+
+def unreadable(path, why):
+    """-> the UserError of a broken file. Its .path is for from_pretrained, which removes what it has downloaded itself."""
+    error = UserError(f'cannot read {path}: ' + (str(why) or type(why).__name__).splitlines()[0])
+    error.path = path
+    return error
+
+
+def read_json(path):
+    try:
+        return dict(json.loads(path.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError) as error:
+        raise unreadable(path, error) from error
 
 
 def write_aside(path, write, mode='w'):
@@ -23,57 +41,91 @@ def write_aside(path, write, mode='w'):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save hides what the system said behind an error of its own
         aside.unlink(missing_ok=True)
-        raise UserError(f'cannot write {path}: {error.strerror or error}; what was there before is kept') from error
+        error = error.__context__ if isinstance(error.__context__, OSError) else error
+        why = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise UserError(f'cannot write {path}: {why}; what was there before is kept') from error
 
 
 def write_json(path, value):
     write_aside(path, lambda file: json.dump(value, file, indent=1))
 
 
-def download(urls, path, size=0):
+def fault_of(path, size, sha256):
+    """-> what is wrong with a downloaded file, or ''. Servers send a page, with a good status, for what is not there."""
+    if size and path.stat().st_size != size:
+        return f'{path.stat().st_size:,} bytes instead of {size:,}'
+    with open(path, 'rb') as file:
+        if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
+            return 'another sha256 than ' + sha256
+        return '' if size or sha256 or file.read(1) not in (b'', b'<') else 'a web page in it, or nothing'
+
+
+def download(urls, path, size=0, sha256=''):
     """
-    Fetch path from the first of urls that gives it, unless it is there. Written to path.part, renamed when whole; with
-    its size known (bytes), a partial file is gone on with. Time-outs, 5xx and broken lines are tried again, with back-off.
-    Raises UserError with every address and its fault.
+    Fetch path from the first of urls that gives it, unless it is there and right. Written to path.part, renamed when whole;
+    with its size (bytes) or sha256 known, a partial file is gone on with. Time-outs, 5xx, 429 and broken lines are tried
+    again, with back-off; anything else goes to the next address at once. Raises UserError with every address and its fault.
     """
     import requests
     path, faults = Path(path), []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for url in urls:
-        for wait in (0, 1, 2, 4):
-            time.sleep(wait)
-            try:
-                return path if path.exists() else fetch(url, path, size)
-            except (requests.RequestException, UserError) as error:
-                fault = f'{url}: {error}'
-                reply = getattr(error, 'response', None)
-                if isinstance(error, UserError) or reply is not None and reply.status_code in range(400, 500):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            fault = fault_of(path, size, sha256)
+            if not fault:
+                return path
+            print(f'{path} has {fault}: downloading it anew', flush=True)
+            path.unlink()
+        for url in urls:
+            for wait in WAITS:
+                time.sleep(wait)
+                try:
+                    return fetch(url, path, size, sha256)
+                except (UserError, ValueError, requests.exceptions.SSLError) as error:  # waiting would not mend it
+                    fault = error
                     break
-        faults.append(fault)
+                except requests.RequestException as error:
+                    fault = getattr(error.args[0] if error.args else error, 'reason', error)
+            faults.append(f'{url}: {fault}')
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror or error}') from error
     raise UserError(f'cannot download {path.name}: ' + '; '.join(faults))
 
 
-def fetch(url, path, size):
-    """One try of download: the rest of path.part if the server takes a Range, else the whole."""
+def fetch(url, path, size, sha256):
+    """One try of download: the rest of path.part if the server gives just that, else the whole."""
     import requests
     from tqdm import tqdm
-    part = path.with_name(path.name + '.part')
-    have = part.stat().st_size if size and part.exists() else 0
+    part, terminal = path.with_name(path.name + '.part'), sys.stderr.isatty()
+    have = part.stat().st_size if (size or sha256) and part.exists() else 0
     headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
+        code, span = reply.status_code, reply.headers.get('Content-Range', '')
+        if code == 416 or code == 206 and not span.startswith(f'bytes {have}-'):
+            part.unlink(missing_ok=True)
+            raise requests.ConnectionError(f'what was there cannot be gone on with ({code} {span})')
+        if code not in (200, 206, 408, 429) and code < 500:
+            raise UserError(f'HTTP {code}')
         reply.raise_for_status()
-        have = have if reply.status_code == 206 else 0
-        total = size or int(reply.headers.get('Content-Length', 0))
-        bar = tqdm(desc=path.name, total=total, initial=have, unit='B', unit_scale=True, disable=not sys.stderr.isatty())
+        have = have if code == 206 else 0  # 200: the server knows no ranges, and sends the whole
+        total = have + int(reply.headers.get('Content-Length', size - have))
+        if size and total != size:
+            raise UserError(f'{total:,} bytes instead of {size:,}')
+        bar = tqdm(desc=path.name, total=total or None, initial=have, unit='B', unit_scale=True, disable=not terminal)
         with bar, open(part, 'ab' if have else 'wb') as file:
-            for chunk in reply.iter_content(1 << 20):
+            for chunk in reply.iter_content(1 << 16):
                 file.write(chunk)
+                have += len(chunk)
                 bar.update(len(chunk))
-    got = part.stat().st_size
-    if size and got != size:
+                if not terminal and total and have * 10 // total > (have - len(chunk)) * 10 // total:
+                    print(f'{path.name}: {have:,} of {total:,} bytes', flush=True)
+    if have < size:
+        raise requests.ConnectionError(f'the line broke after {have:,} of {size:,} bytes')
+    fault = fault_of(part, size, sha256)
+    if fault:
         part.unlink()
-        raise UserError(f'{got:,} bytes instead of {size:,}')
+        raise UserError(fault)
     os.replace(part, path)
     return path

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from weights import RELEASED, fetch_released, find_checkpoint, read_checkpoint, unreadable
 
 IGNORE = -100  # a target that is not supervised
 CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
@@ -151,6 +152,50 @@ class GPT(nn.Module):
             options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK) if len(targets) > CHUNK else None
             loss = F.linear_cross_entropy(x, weight, targets, reduction='sum', options=options)
         return None, loss / (denominator or len(targets))
+
+    # --- loading
+
+    @classmethod
+    def from_pretrained(cls, where, cache_dir='', weights='openai', dropout=0.0):
+        """
+        where: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to a file or folder: OpenAI's, Hugging Face's, or our own.
+        The names are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), from 'openai' or 'huggingface', and
+        from the other if that fails. -> a GPT in fp32 on the CPU, in training mode. UserError names the file or the tensor.
+        """
+        if weights not in ('openai', 'huggingface'):
+            raise UserError(f"weights is 'openai' or 'huggingface', not {weights!r}")
+        path = fetch_released(where, cache_dir, weights) if where in RELEASED else find_checkpoint(where)
+        try:
+            fields, tensors = read_checkpoint(path)
+            config = GPTConfig(**fields, dropout=dropout)
+            if where in RELEASED and tuple(fields.values()) != RELEASED[where][0]:  # in a file that no checksum covers
+                wrong = path.with_name('hparams.json') if path.suffix == '.index' else path
+                raise unreadable(wrong, f'it is not that of {where}')
+            with torch.device('meta'):  # so that the random start is never made
+                model = cls(config)
+            model.to_empty(device='cpu').fill(tensors, path)
+        except UserError as error:
+            if where not in RELEASED or not hasattr(error, 'path'):
+                raise
+            error.path.unlink(missing_ok=True)
+            raise UserError(f'{error}; it is removed: start again to download it anew') from error
+        print(f'loaded {path} as {config.name}')
+        return model
+
+    @torch.no_grad()
+    def fill(self, tensors, path):
+        """(name, tensor) pairs of path -> the parameters of these names: every one, no others, of the same shapes."""
+        left, kind = dict(self.named_parameters()), f'a GPT-2 of {self.config.n_layer} layers, width {self.config.n_embd}'
+        for name, tensor in tensors:
+            shape = tuple(tensor.shape)
+            if name not in left:
+                raise UserError(f'{path}: {name} {shape} is no tensor of {kind}')
+            to = left.pop(name)
+            if shape != to.shape or not tensor.is_floating_point():
+                raise UserError(f'{path}: {name} is {shape} of {tensor.dtype}; in {kind} it is {tuple(to.shape)}')
+            to.copy_(tensor)
+        for name, to in left.items():
+            raise UserError(f'{path}: {name} {tuple(to.shape)} of {kind} is missing, and {len(left) - 1} more')
 
     # --- generation
 

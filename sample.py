@@ -68,7 +68,7 @@ def load_origin(init_from):
     if init_from == 'scratch':
         torch.manual_seed(seed)
         return GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-    model = GPT.from_pretrained(init_from, cache_dir=cache_dir, prefer=weights)
+    model = GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
     if adapter:
         load_adapter(model, adapter)
     return model

@@ -119,7 +119,7 @@ if last and not lora_rank:
 elif origin == 'scratch':
     model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout))
 else:
-    model = GPT.from_pretrained(origin, cache_dir=cache_dir, prefer=weights, dropout=dropout)
+    model = GPT.from_pretrained(origin, cache_dir=cache_dir, weights=weights, dropout=dropout)
 if world > 1 and rank == 0:
     dist.barrier()
 name = f'{model.config.name}-sft'

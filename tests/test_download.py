@@ -1,0 +1,351 @@
+"""Downloads from a server in the test that breaks in every way: what is kept is whole and right, or nothing is."""
+import hashlib
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from test_load import huggingface_tensors, same, write_openai
+
+import files
+import weights
+from config import UserError
+from files import download
+from model import GPT, GPTConfig
+
+BODY = bytes(range(256)) * 800  # 204,800 bytes: several chunks
+PAGE = b'<?xml version="1.0" encoding="utf-8"?>\n<Error><Code>BlobNotFound</Code></Error>'
+INDEX, DATA = 'model.ckpt.index', 'model.ckpt.data-00000-of-00001'
+
+
+class Handler(BaseHTTPRequestHandler):
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server, path = self.server, self.path
+        span = self.headers.get('Range')
+        server.log.append((path, span))
+        answers = server.answers.get(path, [])
+        answer = answers.pop(0) if answers else 'ok'
+        body = PAGE if answer == 'page' else server.files.get(path)
+        code = answer if isinstance(answer, int) else 404 if body is None else 200
+        if code != 200:
+            return self.answer(code, PAGE)
+        start, head = 0, {}
+        if span and answer not in ('no ranges', 'page'):
+            start = 0 if answer == 'other range' else int(span[6:-1])
+            if start >= len(body):
+                return self.answer(416, b'')
+            code, head = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
+        if answer in ('cut', 'stall', 'cut, no length'):
+            half = body[start:start + (len(body) - start) // 2]
+            self.answer(code, half, head, -1 if 'no length' in answer else len(body) - start)
+            if answer == 'stall':
+                server.woken.wait(20)
+            self.close_connection = True
+            return None
+        return self.answer(code, body[start:], head)
+
+    def answer(self, code, body, head=(), length=None):
+        self.send_response(code)
+        length = len(body) if length is None else length
+        for key, value in (dict(head) | ({'Content-Length': length} if length >= 0 else {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server with .files {path: bytes}, .answers {path: what goes wrong, in turn} and .log [(path, Range)]; .url."""
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.files, server.answers, server.log, server.woken = {'/a': BODY, '/b': BODY}, {}, [], threading.Event()
+    server.url = f'http://127.0.0.1:{server.server_port}'
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(files, 'WAITS', (0, 0.01, 0.02, 0.03))
+    monkeypatch.setattr(files, 'TIMEOUT', (2, 0.3))
+    yield server
+    server.woken.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fault_of(call, *args, **knobs):
+    """-> the message of the UserError; one line, always."""
+    with pytest.raises(UserError) as error:
+        call(*args, **knobs)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def get(server, tmp_path):
+    """get(...) -> download of /a, then /b, checked to be whole, and to leave nothing aside."""
+    def get(size=204_800, **knobs):
+        path = tmp_path / 'deep' / 'file'
+        assert download([server.url + '/a', server.url + '/b'], path, size, **knobs) == path
+        assert path.read_bytes() == BODY and [p.name for p in path.parent.iterdir()] == ['file']
+        return server.log
+    return get
+
+
+@pytest.mark.parametrize('size', [0, len(BODY)])
+def test_once(get, size, capsys):
+    assert get(size) == [('/a', None)]
+    assert get(size) == [('/a', None)]  # not again
+    lines = capsys.readouterr().out.splitlines()  # no terminal: a line for every tenth, and no \r
+    assert 2 < len(lines) <= 10 and lines[-1] == 'file: 204,800 of 204,800 bytes'
+
+
+def test_bar_on_a_terminal(get, tmp_path, monkeypatch, capsys):
+    part(tmp_path, BODY[:100_000])
+    monkeypatch.setattr(files.sys.stderr, 'isatty', lambda: True)
+    get()
+    out, err = capsys.readouterr()
+    assert out == '' and '100%' in err and '205k/205k' in err
+
+
+def part(tmp_path, data):
+    (tmp_path / 'deep').mkdir()
+    (tmp_path / 'deep' / 'file.part').write_bytes(data)
+
+
+def test_goes_on_with_a_partial_file(get, tmp_path):
+    part(tmp_path, BODY[:1000])
+    assert get() == [('/a', 'bytes=1000-')]
+
+
+def test_goes_on_where_the_hash_is_known(get, tmp_path):
+    part(tmp_path, BODY[:1000])
+    assert get(0, sha256=hashlib.sha256(BODY).hexdigest()) == [('/a', 'bytes=1000-')]
+
+
+def test_starts_anew_where_nothing_is_known(get, tmp_path):
+    part(tmp_path, b'?' * 1000)
+    assert get(0) == [('/a', None)]
+
+
+@pytest.mark.parametrize('answer', ['no ranges', 'other range', 416])
+def test_refused_ranges(get, server, tmp_path, answer):
+    part(tmp_path, BODY[:1000])
+    server.answers['/a'] = [answer]
+    assert get() == [('/a', 'bytes=1000-')] + ([] if answer == 'no ranges' else [('/a', None)])
+
+
+@pytest.mark.parametrize('length', [len(BODY), len(BODY) + 7])
+def test_part_that_is_too_long(get, tmp_path, length):
+    part(tmp_path, b'?' * length)
+    assert get() == [('/a', f'bytes={length}-'), ('/a', None)]
+
+
+@pytest.mark.parametrize('answer', ['cut', 'cut, no length', 'stall'])
+def test_broken_lines_are_gone_on_with(get, server, answer):
+    server.answers['/a'] = [answer, answer]
+    start = time.monotonic()
+    log = get()
+    assert [path for path, _ in log] == ['/a'] * 3 and log[0][1] is None
+    assert len(BODY) // 4 < int(log[1][1][6:-1]) < int(log[2][1][6:-1])
+    assert time.monotonic() - start < 5
+
+
+def test_broken_line_of_unknown_size(get, server):
+    server.answers['/a'] = ['cut']
+    assert get(0) == [('/a', None), ('/a', None)]
+
+
+@pytest.mark.parametrize('answer', [404, 403, 410, 'page'])
+@pytest.mark.parametrize('size', [0, len(BODY)])
+def test_next_address_at_once(get, server, size, answer):
+    server.answers['/a'] = [answer]
+    assert get(size) == [('/a', None), ('/b', None)]
+
+
+@pytest.mark.parametrize('other', [BODY[:-1], BODY + b'!', b''])
+def test_wrong_size_is_not_kept(get, server, other):
+    server.files['/a'] = other
+    assert [path for path, _ in get()] == ['/a', '/b']
+
+
+@pytest.mark.parametrize('answers', [[503], [429, 500, 502]])
+def test_busy_servers_are_asked_again(get, server, answers):
+    server.answers['/a'] = list(answers)
+    assert get() == [('/a', None)] * (1 + len(answers))
+
+
+def test_busy_for_long(get, server):
+    server.answers['/a'] = [503] * 9
+    assert [path for path, _ in get()] == ['/a'] * 4 + ['/b']
+
+
+def test_nobody_answers(server, tmp_path):
+    server.answers = {'/a': ['stall', 503, 'cut', 503], '/b': [404]}
+    dead = 'http://127.0.0.1:1/c'
+    fault = fault_of(download, [server.url + '/a', server.url + '/b', dead], tmp_path / 'file', len(BODY))
+    assert f'{server.url}/a: 503' in fault and f'{server.url}/b: HTTP 404' in fault and dead in fault
+    assert [p.name for p in tmp_path.iterdir()] == ['file.part']  # what there is of it, to go on with
+    assert BODY.startswith((tmp_path / 'file.part').read_bytes())
+
+
+def test_wrong_hash_is_not_kept(server, tmp_path):
+    server.files['/a'] = b'?' + BODY[1:]
+    url, sha256 = server.url + '/a', hashlib.sha256(BODY).hexdigest()
+    assert 'sha256' in fault_of(download, [url], tmp_path / 'file', len(BODY), sha256)
+    assert not list(tmp_path.iterdir())
+    server.files['/a'] = BODY
+    (tmp_path / 'file').write_bytes(b'?' + BODY[1:])  # it was right once
+    assert download([url], tmp_path / 'file', 0, sha256).read_bytes() == BODY
+
+
+def test_place_that_cannot_be_written(server, tmp_path):
+    (tmp_path / 'x').write_text('a file')
+    assert 'cannot write' in fault_of(download, [server.url + '/a'], tmp_path / 'x' / 'file')
+
+
+def test_certificates_are_checked(get, monkeypatch):
+    asked, send = [], requests.Session.send
+    monkeypatch.setattr(requests.Session, 'send', lambda self, r, **k: asked.append(k['verify']) or send(self, r, **k))
+    get()
+    assert asked and all(asked)
+    assert all('verify=' not in path.read_text() for path in Path(files.__file__).parent.glob('*.py'))
+
+
+# --- the released models, from addresses of our own
+
+
+SMALL = {'n_vocab': 40, 'n_ctx': 8, 'n_embd': 128, 'n_head': 2, 'n_layer': 1}
+
+
+@pytest.fixture
+def released(server, monkeypatch, tmp_path):
+    """load(...) -> the paths asked for by GPT.from_pretrained('gpt2'), which is a small model under its three addresses."""
+    from safetensors.torch import save
+    monkeypatch.setattr(weights, 'OPENAI', (server.url + '/first', server.url + '/backup'))
+    monkeypatch.setattr(weights, 'HUGGING_FACE', server.url + '/hf')
+    source = tmp_path / 'source'
+    write_openai(source, SMALL)
+    reference = GPT.from_pretrained(source)
+    hf = save(huggingface_tensors(reference))
+    sizes = [(source / name).stat().st_size for name in (DATA, INDEX)]
+    row = (8, 40, 1, 2, 128), '124M', *sizes, len(hf), hashlib.sha256(hf).hexdigest()
+    monkeypatch.setitem(weights.RELEASED, 'gpt2', row)
+    server.files = {f'/{base}/124M/{name}': (source / name).read_bytes()
+                    for base in ('first', 'backup') for name in ('hparams.json', INDEX, DATA)}
+    server.files['/hf/gpt2/resolve/main/model.safetensors'] = hf
+    server.cache = tmp_path / 'cache' / 'gpt2'
+
+    def load(**knobs):
+        server.log.clear()
+        model = GPT.from_pretrained('gpt2', **{'cache_dir': str(tmp_path / 'cache')} | knobs)
+        assert same(model, reference) and model.config == reference.config
+        return [path for path, _ in server.log]
+    return load
+
+
+def three(base):
+    return [f'/{base}/124M/{name}' for name in ('hparams.json', INDEX, DATA)]
+
+
+def test_openais_files(released, server):
+    assert released() == three('first')
+    assert sorted(p.name for p in server.cache.iterdir()) == sorted(['hparams.json', INDEX, DATA])
+    assert released() == []
+
+
+def test_backup_address(released, server):
+    for name in 'hparams.json', INDEX, DATA:
+        server.answers[f'/first/124M/{name}'] = ['page']
+    assert released() == [path for pair in zip(three('first'), three('backup')) for path in pair]
+    assert released() == []
+
+
+@pytest.mark.parametrize('name', [DATA, INDEX, 'hparams.json'])
+def test_flipped_byte_in_the_cache(released, server, name):
+    released()
+    file = server.cache / name
+    good = file.read_bytes()
+    at = good.index(b'"n_head": 2') + 10 if name == 'hparams.json' else 20
+    for flip in 1, 6:  # 2 heads become 3, which the width does not divide into, and 4, which only the name knows for wrong
+        file.write_bytes(good[:at] + bytes([good[at] ^ flip]) + good[at + 1:])
+        fault = fault_of(released)
+        assert f'cannot read {file}' in fault and 'start again' in fault and server.log == []
+        assert not file.exists() and len(list(server.cache.iterdir())) == 2
+        assert released() == [f'/first/124M/{name}']
+        assert file.read_bytes() == good
+
+
+def test_flipped_byte_at_the_address(released, server):
+    good = server.files[f'/first/124M/{DATA}']
+    server.files[f'/first/124M/{DATA}'] = good[:-1] + bytes([good[-1] ^ 64])
+    assert 'the checksum of model/' in fault_of(released)
+    server.files[f'/first/124M/{DATA}'] = good
+    assert released() == [f'/first/124M/{DATA}']
+
+
+def test_cut_file_in_the_cache(released, server, capsys):
+    released()
+    (server.cache / DATA).write_bytes((server.cache / DATA).read_bytes()[:-9])
+    assert released() == [f'/first/124M/{DATA}']
+    assert 'bytes instead of' in capsys.readouterr().out
+
+
+def test_page_for_hparams_in_the_cache(released, server):
+    released()
+    (server.cache / 'hparams.json').write_bytes(PAGE)
+    assert released() == ['/first/124M/hparams.json']
+    (server.cache / 'hparams.json').write_text('{}')
+    assert 'hparams.json' in fault_of(released)
+    assert released() == ['/first/124M/hparams.json']
+
+
+def test_falls_back_to_hugging_face(released, server):
+    for base in 'first', 'backup':
+        server.answers[f'/{base}/124M/{DATA}'] = [404] * 9
+    assert released()[-1] == '/hf/gpt2/resolve/main/model.safetensors'
+    assert released() == []
+
+
+def test_prefers_hugging_face(released, server):
+    assert released(weights='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors']
+    assert released(weights='huggingface') == []
+    file = server.cache / 'model.safetensors'
+    file.write_bytes(file.read_bytes()[:-4] + b'\0\0\0\0')  # seen by its sha256
+    assert released(weights='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors']
+
+
+def test_falls_back_to_openai(released, server):
+    server.answers['/hf/gpt2/resolve/main/model.safetensors'] = [404]
+    assert released(weights='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors', *three('first')]
+
+
+def test_no_address_answers(released, server):
+    server.files = {}
+    fault = fault_of(released)
+    for base in 'first', 'backup', 'hf':
+        assert f'{server.url}/{base}' in fault
+    assert not list(server.cache.iterdir())
+
+
+def test_default_cache(released, monkeypatch, tmp_path):
+    for variable, cache in ('XDG_CACHE_HOME', tmp_path / 'xdg'), ('HOME', tmp_path / 'home' / '.cache'):
+        monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+        monkeypatch.setenv(variable, str(tmp_path / variable.split('_')[0].lower()))
+        released(cache_dir='')
+        assert (cache / 'gpt2-sft' / 'gpt2' / INDEX).exists()
+
+
+@pytest.mark.parametrize('name, parameters', [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168),
+                                              ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)])
+def test_released_shapes(name, parameters):
+    shape, _, data, *_ = weights.RELEASED[name]
+    with torch.device('meta'):
+        model = GPT(GPTConfig(*shape))
+    assert sum(p.numel() for p in model.parameters()) == parameters and data == 4 * parameters
+    assert model.config.n_embd == 64 * model.config.n_head

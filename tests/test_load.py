@@ -1,0 +1,428 @@
+"""Every way of loading a GPT: equal to what wrote the files, and a single line for what is wrong with them."""
+import json
+import os
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import torch
+
+import model as model_file
+from config import UserError
+from model import GPT, GPTConfig
+from bundle import read_index, read_openai
+
+TINY = Path(__file__).parent / 'fixtures' / 'openai-tiny'  # written by TensorFlow from OpenAI's own code, with its logits
+SHAPE = {'n_vocab': 64, 'n_ctx': 16, 'n_embd': 8, 'n_head': 2, 'n_layer': 13}
+
+# --- a writer of bundles, from the formats' documents
+
+
+def number(n):
+    """A varint."""
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + number(n >> 7)
+
+
+def crc_of(data):
+    crc = google_crc32c.value(data)
+    return struct.pack('<I', ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) % 2**32)
+
+
+def field(key, value):
+    """A protobuf field: a number, or bytes. Zeros are left out."""
+    if isinstance(value, bytes):
+        return number(key << 3 | 2) + number(len(value)) + value
+    return number(key << 3) + number(value) if value else b''
+
+
+def table(entries, per_block, kind):
+    """[(key, value)] in the order of keys -> a LevelDB table of blocks of per_block entries, their type byte being kind."""
+    out, handles = b'', []
+
+    def add(entries):
+        nonlocal out
+        block, restarts, last = b'', [], b''
+        for i, (key, value) in enumerate(entries):
+            shared = 0 if i % 16 == 0 else len(os.path.commonprefix([last, key]))
+            restarts += [len(block)] if i % 16 == 0 else []
+            block += number(shared) + number(len(key) - shared) + number(len(value)) + key[shared:] + value
+            last = key
+        restarts = restarts or [0]
+        block += struct.pack(f'<{len(restarts) + 1}I', *restarts, len(restarts))
+        handle = number(len(out)) + number(len(block))
+        out += block + bytes([kind]) + crc_of(block + bytes([kind]))
+        return handle
+
+    for i in range(0, len(entries), per_block):
+        part = entries[i:i + per_block]
+        handles.append((part[-1][0] + b'~', add(part)))  # a separator, not a name
+    footer = add([]) + add(handles)
+    return out + footer.ljust(40, b'\0') + struct.pack('<Q', 0xDB4775248B80FB57)
+
+
+def write_bundle(prefix, tensors, per_block=100, shards=1, gap=0, kind=0, header=None, extra=b'', dtype=1, more=0):
+    """{variable: array} -> prefix.index and its data files; gap: bytes before each tensor; more: bytes its size is off."""
+    entries, files = [], [open(f'{prefix}.data-{i:05d}-of-{shards:05d}', 'wb') for i in range(shards)]
+    for i, (name, array) in enumerate(reversed(tensors.items())):  # offsets are not in the order of the keys
+        file, data = files[i % shards], np.ascontiguousarray(array, '<f4').tobytes()
+        file.write(b'x' * gap)
+        shape = b''.join(field(2, field(1, size)) for size in array.shape)
+        entry = field(1, dtype) + field(2, shape) + field(3, i % shards) + field(4, file.tell())
+        entry += field(5, len(data) + more)
+        entries.append((name.encode(), entry + number(6 << 3 | 5) + crc_of(data) + extra))
+        file.write(data)
+    for file in files:
+        file.close()
+    header = field(1, shards) + field(3, field(1, 1)) if header is None else header
+    Path(f'{prefix}.index').write_bytes(table([(b'', header), *sorted(entries)], per_block, kind))
+
+
+def openai_tensors(shape, rng):
+    """Random {variable: array} in OpenAI's names and shapes."""
+    C, shapes = shape['n_embd'], {}
+    for i in range(shape['n_layer']):
+        layers = {'attn/c_attn': (C, 3 * C), 'attn/c_proj': (C, C), 'mlp/c_fc': (C, 4 * C), 'mlp/c_proj': (4 * C, C)}
+        for name, (width, to) in layers.items():
+            shapes |= {f'model/h{i}/{name}/w': (1, width, to), f'model/h{i}/{name}/b': (to,)}
+        shapes |= {f'model/h{i}/{ln}/{part}': (C,) for ln in ('ln_1', 'ln_2') for part in 'gb'}
+    shapes |= {'model/ln_f/g': (C,), 'model/ln_f/b': (C,)}
+    shapes |= {'model/wte': (shape['n_vocab'], C), 'model/wpe': (shape['n_ctx'], C)}
+    return {name: rng.standard_normal(size, dtype=np.float32) for name, size in shapes.items()}
+
+
+def write_openai(folder, shape=SHAPE, tensors=None, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / 'hparams.json').write_text(json.dumps(shape))
+    tensors = openai_tensors(shape, np.random.default_rng(1)) if tensors is None else tensors
+    write_bundle(folder / 'model.ckpt', tensors, **options)
+    return tensors
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def fault_of(where, **knobs):
+    """-> the message of the UserError; one line, always."""
+    with pytest.raises(UserError) as error:
+        GPT.from_pretrained(where, **knobs)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A copy of the reference checkpoint that a test may damage."""
+    folder = tmp_path / 'tiny'
+    shutil.copytree(TINY, folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def reference():
+    return GPT.from_pretrained(TINY).eval()
+
+
+# --- equal to OpenAI's own code
+
+
+@torch.no_grad()
+def test_logits_are_openais(reference, monkeypatch):
+    expected = np.load(TINY / 'expected.npz')
+    for ids, logits in ('tokens', 'logits'), ('long_tokens', 'long_logits_tail'):
+        ids, logits = torch.from_numpy(expected[ids]).long(), torch.from_numpy(expected[logits])
+        torch.testing.assert_close(reference(ids)[0], logits, atol=5e-5, rtol=0)
+    # the tolerance is tight enough to see another GELU
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(model_file.F, 'gelu', lambda x, approximate: gelu(x))
+    assert (reference(ids)[0] - logits).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_greedy_ids_are_openais(reference):
+    expected = np.load(TINY / 'expected.npz')
+    ids = torch.from_numpy(expected['tokens']).long()
+    for _ in range(20):
+        ids = torch.cat([ids, reference(ids)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert ids[:, -20:].tolist() == expected['greedy'].tolist()
+
+
+def test_loads_in_fp32_and_trains(reference):
+    model = GPT.from_pretrained(TINY, dropout=0.1)
+    assert model.training and model.config.dropout == 0.1 and same(model, reference)
+    assert all(p.dtype == torch.float32 and p.requires_grad and p.is_contiguous() for p in model.parameters())
+    model(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))[1].backward()
+
+
+def test_tied_and_counted(tmp_path):
+    with torch.device('meta'):
+        assert sum(p.numel() for p in GPT(GPTConfig(n_layer=24, n_head=16, n_embd=1024)).parameters()) == 354_823_168
+    model = GPT.from_pretrained(TINY)
+    assert not any('lm_head' in name for name in model.state_dict())
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    size = 4 * sum(p.numel() for p in model.parameters())
+    assert size == (TINY / 'model.ckpt.data-00000-of-00001').stat().st_size
+    assert (tmp_path / 'x.pth').stat().st_size < size + 4 * model.wte.weight.numel()  # wte is in it once; the rest is names
+
+
+# --- OpenAI's form
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'per_block': 3}, {'shards': 3}, {'gap': 1}, {'per_block': 1, 'shards': 2, 'gap': 7}])
+def test_blocks_shards_offsets_and_layers(tmp_path, options):
+    tensors = write_openai(tmp_path / 'x', **options)
+    model = GPT.from_pretrained(tmp_path / 'x')
+    assert model.config == GPTConfig(16, 64, 13, 2, 8)
+    for i, block in enumerate(model.h):  # h10 is the eleventh
+        for ours, theirs in ('attn.c_attn', 'attn/c_attn'), ('attn.c_proj', 'attn/c_proj'), ('mlp.c_proj', 'mlp/c_proj'):
+            # (in, out) there, (out, in) here, the square one too
+            assert np.array_equal(block.get_submodule(ours).weight.detach(), tensors[f'model/h{i}/{theirs}/w'][0].T)
+        assert np.array_equal(block.ln_2.weight.detach(), tensors[f'model/h{i}/ln_2/g'])
+        assert np.array_equal(block.mlp.c_fc.bias.detach(), tensors[f'model/h{i}/mlp/c_fc/b'])
+    assert np.array_equal(model.wte.weight.detach(), tensors['model/wte'])
+    assert np.array_equal(model.wpe.weight.detach(), tensors['model/wpe'])
+    assert same(GPT.from_pretrained(tmp_path / 'x' / 'model.ckpt.index'), model)
+
+
+def test_empty_dimension(tmp_path):
+    tensors = write_openai(tmp_path / 'x', tensors={'model/wte': np.ones((2, 3)), 'model/none': np.ones((0, 3))})
+    arrays = dict(read_openai(tmp_path / 'x' / 'model.ckpt.index'))
+    assert arrays['none'].shape == (0, 3) and np.array_equal(arrays['wte.weight'], tensors['model/wte'])
+
+
+@pytest.mark.parametrize('options, fault', [
+    ({'kind': 1}, 'is compressed (type 1)'),
+    ({'extra': field(7, field(1, b'\x0a\0'))}, 'is stored in slices'),
+    ({'dtype': 9}, 'is of type [9], not float32'),
+    ({'header': field(1, 1) + field(2, 1)}, 'a big-endian one'),
+    ({'header': b''}, 'no header'),
+    ({'header': field(1, 2)}, 'model.ckpt.data-00000-of-00002'),
+    ({'more': 4}, 'of which'),
+    ({'extra': number(9 << 3 | 3)}, 'wire type 3'),
+    ({'extra': number(9 << 3 | 2) + number(99)}, 'a field that is cut'),
+])
+def test_refused_bundles(tmp_path, options, fault):
+    write_openai(tmp_path / 'x', **options)
+    assert fault in fault_of(tmp_path / 'x')
+
+
+def test_every_flipped_byte_of_an_index_is_seen(tiny):
+    index = tiny / 'model.ckpt.index'
+    good, entries = index.read_bytes(), read_index(index)
+    for at in range(len(good)):
+        index.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1:])
+        try:
+            assert read_index(index) == entries, at  # what nobody reads: the metaindex, the footer's padding
+        except UserError as error:
+            assert str(index) in str(error)
+    for size in range(len(good)):
+        index.write_bytes(good[:size])
+        with pytest.raises(UserError, match='cannot read'):
+            read_index(index)
+
+
+def test_flipped_bytes_of_data_are_named(tiny):
+    data = tiny / 'model.ckpt.data-00000-of-00001'
+    good = data.read_bytes()
+    for at in (0, 17, len(good) // 2, len(good) - 1):
+        data.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+        fault = fault_of(tiny)
+        assert str(data) in fault and 'the checksum of model/' in fault
+    assert data.exists()  # a folder of the user's is not touched
+    data.write_bytes(good[:-1])
+    assert 'model/wte [257, 32] has 32896 bytes, of which 32895 are there' in fault_of(tiny)
+    data.write_bytes(b'')
+    assert 'cannot read ' + str(data) in fault_of(tiny)
+    data.unlink()
+    assert 'cannot read ' + str(data) in fault_of(tiny)
+
+
+@pytest.mark.parametrize('text', ['<?xml version="1.0"?>\n<Error/>', '[]', '{"n_ctx": 4}', '{"n_vocab": "a"}', ''])
+def test_faulty_hparams(tiny, text):
+    (tiny / 'hparams.json').write_text(text)
+    assert 'hparams.json' in fault_of(tiny)
+    (tiny / 'hparams.json').unlink()
+    assert 'hparams.json' in fault_of(tiny)
+
+
+def test_gap_extra_and_wrong_shape_are_named(tmp_path):
+    tensors = openai_tensors(SHAPE, np.random.default_rng(1))
+    write_openai(tmp_path / 'a', tensors={k: v for k, v in tensors.items() if k != 'model/h10/ln_1/g'})
+    assert 'h.10.ln_1.weight (8,) of a GPT-2 of 13 layers, width 8 is missing' in fault_of(tmp_path / 'a')
+    write_openai(tmp_path / 'b', tensors=tensors | {'model/h13/ln_1/g': np.ones(8)})
+    assert 'h.13.ln_1.weight (8,) is no tensor of a GPT-2 of 13 layers' in fault_of(tmp_path / 'b')
+    write_openai(tmp_path / 'c', tensors=tensors | {'model/h0/mlp/c_fc/w': np.ones((1, 8, 31))})
+    assert 'h.0.mlp.c_fc.weight is (31, 8) of torch.float32' in fault_of(tmp_path / 'c')
+    assert 'it is (32, 8)' in fault_of(tmp_path / 'c')
+    write_openai(tmp_path / 'd', SHAPE | {'n_head': 3}, tensors)
+    assert '3 heads in a width of 8' in fault_of(tmp_path / 'd')
+
+
+def test_absent_libraries_are_named(tmp_path, reference, monkeypatch):
+    write_safetensors(tmp_path, reference)
+    monkeypatch.setitem(sys.modules, 'google_crc32c', None)
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    assert 'pip install google-crc32c' in fault_of(TINY)
+    assert 'pip install safetensors' in fault_of(tmp_path)
+
+
+# --- Hugging Face's form
+
+
+def huggingface_tensors(model, prefix='', dtype=torch.float32):
+    """-> {name: tensor} as transformers saves a GPT-2: Conv1D weights (in, out)."""
+    return {prefix + name: (tensor.t() if name.endswith('weight') and '.c_' in name else tensor).to(dtype).contiguous()
+            for name, tensor in model.state_dict().items()}
+
+
+def write_safetensors(folder, model, tensors=None, name='model.safetensors', config=()):
+    from safetensors.torch import save_file
+    c = model.config
+    save_file(tensors or huggingface_tensors(model), folder / name, {'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps({
+        'model_type': 'gpt2', 'n_positions': c.block_size, 'n_ctx': c.block_size, 'vocab_size': c.vocab_size,
+        'n_embd': c.n_embd, 'n_head': c.n_head, 'n_layer': c.n_layer, 'activation_function': 'gelu_new', **dict(config)}))
+
+
+@pytest.mark.parametrize('prefix', ['', 'transformer.'])
+def test_safetensors(tmp_path, reference, prefix):
+    tensors = huggingface_tensors(reference, prefix)
+    tensors[prefix + 'h.0.attn.bias'] = torch.ones(1, 1, 64, 64).tril().bool()
+    tensors[prefix + 'h.1.attn.masked_bias'] = torch.tensor(-1e4)
+    tensors['lm_head.weight'] = reference.wte.weight.detach().clone()
+    write_safetensors(tmp_path, reference, tensors)
+    assert same(GPT.from_pretrained(tmp_path), reference)
+    assert same(GPT.from_pretrained(str(tmp_path / 'model.safetensors')), reference)
+    assert GPT.from_pretrained(tmp_path).config == reference.config
+    tensors['lm_head.weight'] = tensors['lm_head.weight'] + 1
+    write_safetensors(tmp_path, reference, tensors)
+    assert 'lm_head.weight differs from wte.weight' in fault_of(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_loads_as_fp32(tmp_path, reference, dtype):
+    write_safetensors(tmp_path, reference, huggingface_tensors(reference, dtype=dtype))
+    model = GPT.from_pretrained(tmp_path)
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, reference.state_dict()[name].to(dtype).float())
+
+
+def test_sharded_safetensors(tmp_path, reference):
+    tensors, shards = list(huggingface_tensors(reference, 'transformer.').items()), {}
+    for i in range(3):
+        name = f'model-{i + 1:05d}-of-00003.safetensors'
+        write_safetensors(tmp_path, reference, dict(tensors[i::3]), name)
+        shards |= dict.fromkeys(dict(tensors[i::3]), name)
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {}, 'weight_map': shards}))
+    assert same(GPT.from_pretrained(tmp_path), reference)
+    (tmp_path / name).unlink()
+    assert 'cannot read ' + str(tmp_path / name) in fault_of(tmp_path)
+    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": []}')
+    assert 'model.safetensors.index.json' in fault_of(tmp_path)
+
+
+def test_safetensors_without_a_config(tmp_path):
+    model = GPT(GPTConfig(32, 50, 11, 2, 128))
+    write_safetensors(tmp_path, model)
+    (tmp_path / 'config.json').unlink()
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.config == model.config and same(loaded, model)
+
+
+def test_faulty_safetensors(tmp_path, reference):
+    tensors = huggingface_tensors(reference)
+    file = tmp_path / 'model.safetensors'
+    write_safetensors(tmp_path, reference, tensors | {'h.0.ln_1.bias': torch.zeros(31)})
+    assert 'h.0.ln_1.bias is (31,) of torch.float32' in fault_of(tmp_path) and 'it is (32,)' in fault_of(tmp_path)
+    write_safetensors(tmp_path, reference, tensors | {'h.0.ln_1.bias': torch.zeros(32, dtype=torch.int64)})
+    assert 'torch.int64' in fault_of(tmp_path)
+    write_safetensors(tmp_path, reference, tensors | {'score.weight': torch.zeros(2, 3)})
+    assert 'score.weight (2, 3) is no tensor of' in fault_of(tmp_path)
+    del tensors['wpe.weight']
+    write_safetensors(tmp_path, reference, tensors)
+    assert 'wpe.weight (64, 32)' in fault_of(tmp_path) and 'missing' in fault_of(tmp_path)
+    (tmp_path / 'config.json').unlink()
+    assert 'wpe.weight' in fault_of(tmp_path)
+    write_safetensors(tmp_path, reference, config={'activation_function': 'gelu'})
+    assert "activation_function is 'gelu', and 'gelu_new'" in fault_of(tmp_path)
+    file.write_bytes(file.read_bytes()[:-5])
+    assert 'cannot read ' + str(file) in fault_of(file)
+    file.write_text('<?xml version="1.0"?><Error><Code>NoSuchKey</Code></Error>')
+    assert 'cannot read ' + str(file) in fault_of(file)
+
+
+@torch.no_grad()
+def test_equals_transformers(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(vocab_size=99, n_positions=40, n_embd=48, n_layer=11, n_head=4)
+    theirs = transformers.GPT2LMHeadModel(config)
+    for p in theirs.parameters():
+        p.add_(torch.randn_like(p) * 0.05)  # biases and norms too
+    theirs.eval().save_pretrained(tmp_path)
+    ids = torch.randint(99, (3, 40))
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(ids)[0], theirs(ids).logits, atol=5e-5, rtol=0)
+
+
+# --- our own
+
+
+def test_own_checkpoints(tmp_path, reference):
+    fields = vars(reference.config) | {'dropout': 0.3}
+    ckpt = {'model': reference.state_dict(), 'model_config': fields, 'step': 3, 'rng': torch.get_rng_state()}
+    torch.save(ckpt, tmp_path / 'ckpt.pt')
+    model = GPT.from_pretrained(tmp_path)
+    assert same(model, reference) and model.config == reference.config  # dropout is the caller's
+    torch.save({name: tensor + 1 for name, tensor in reference.state_dict().items()}, tmp_path / 'tiny-sft.pth')
+    (tmp_path / 'tiny-sft.json').write_text(json.dumps({'model': fields, 'config': {}}))
+    (tmp_path / 'model.safetensors').write_text('not the one')
+    os.utime(tmp_path / 'ckpt.pt', (1, 1))
+    assert not same(GPT.from_pretrained(tmp_path), reference)  # the newest
+    assert same(GPT.from_pretrained(tmp_path / 'ckpt.pt'), reference)
+    assert torch.equal(GPT.from_pretrained(tmp_path / 'tiny-sft.pth').wpe.weight, reference.wpe.weight + 1)
+    os.utime(tmp_path / 'tiny-sft.pth', (0, 0))
+    assert same(GPT.from_pretrained(tmp_path), reference)
+
+
+def test_own_checkpoint_without_its_json(tmp_path):
+    model = GPT(GPTConfig(32, 50, 11, 2, 128))
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    loaded = GPT.from_pretrained(tmp_path / 'x.pth')
+    assert loaded.config == model.config and same(loaded, model)
+
+
+class Trap:
+    """A pickle that runs code when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, ('sprung',)
+
+
+def test_faulty_own_checkpoints(tmp_path, reference, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Trap(), 'x.pth')
+    assert 'cannot read x.pth' in fault_of('x.pth') and not Path('sprung').exists()
+    tensors = reference.state_dict()
+    for saved in ([], {}, {'a': 1}, {'a': torch.ones(1)}, {'model': tensors, 'model_config': [1]},
+                  {'model': tensors, 'model_config': {'n_layer': 2}}):
+        torch.save(saved, 'x.pth')
+        assert 'cannot read x.pth' in fault_of('x.pth')
+    torch.save({name.replace('h.1', 'h.7'): tensors[name] for name in tensors}, 'x.pth')
+    Path('x.json').write_text(json.dumps({'model': vars(reference.config)}))
+    assert 'h.7.ln_1.weight (32,) is no tensor of a GPT-2 of 2 layers' in fault_of('x.pth')
+    Path('x.pth').write_bytes(b'cut')
+    assert 'cannot read x.pth' in fault_of('x.pth')
+
+
+def test_what_is_no_model(tmp_path):
+    for where in ('gpt2-huge', tmp_path / 'nothing', tmp_path):
+        assert 'a model is gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path to one' in fault_of(where)
+    (tmp_path / 'x.txt').write_text('x')
+    assert 'x.txt is no *.pth' in fault_of(tmp_path / 'x.txt')
+    assert "weights is 'openai' or 'huggingface', not 'meta'" in fault_of(TINY, weights='meta')
