@@ -19,10 +19,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from batch import IGNORE
 from config import UserError
 from weights import RELEASED, fetch_released, find_checkpoint, read_checkpoint, unreadable
 
-IGNORE = -100  # a target that is not supervised
 CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
 PACK = 512  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
@@ -212,10 +212,12 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
-                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to block_size - 1 = {block_size - 1} can be continued')
+                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to {block_size - 1} can be continued')
+            if max(prompt) >= self.config.vocab_size:
+                raise UserError(f'prompt {i} has token {max(prompt)}; this model knows {self.config.vocab_size} tokens')
         rows = [list(prompt) for prompt in prompts]  # prompt and new ids
         ends = [min(len(row) + max_new_tokens, block_size) for row in rows]
-        streams = [np.random.default_rng((seed, zlib.crc32(np.array(row, '<i8').tobytes()))) for row in rows]
+        streams = [np.random.default_rng((abs(seed), zlib.crc32(np.array(row, '<i8').tobytes()))) for row in rows]
         waiting = sorted(range(len(rows)), key=lambda i: len(rows[i])) if max_new_tokens > 0 else []
         active = []  # the row in each slot of the cache
         training = self.training

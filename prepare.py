@@ -4,7 +4,7 @@ Rows of instruction, input and output become token files: data/<dataset>/{train,
     python prepare.py config/sft_medium.py
     python prepare.py --source=my-rows.json --dataset=mine
 
-Other stages import from here what they must agree on: the prompt's template, the tokenizer, the files' format, a batch.
+Other stages import from here what they must agree on: the prompt's template, the tokenizer, the files' format.
 """
 import functools
 import hashlib
@@ -37,7 +37,6 @@ block_size = 1024  # longest row, prompt + answer + end-of-text
 config = configure(globals())
 
 EOS = 50256
-IGNORE = -100  # a target that is not supervised
 PREAMBLE = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'
 HEADER = '\n\n### Response:\n'
 SPLITS = 'train', 'val', 'test'
@@ -195,58 +194,6 @@ def read_split(dataset, split):
     if (meta['answer'] >= meta['end']).any():
         raise UserError(f'{folder}/{split} has a row with no token to learn; run: python prepare.py')
     return ids, meta
-
-
-# --- a batch
-
-
-def first_targets(meta, loss_on):
-    """-> absolute offset of each row's first supervised id, for loss_on 'answer', 'response' (the header too) or 'all'."""
-    if loss_on == 'answer':
-        return meta['answer']
-    elif loss_on == 'response':
-        return meta['header']
-    elif loss_on == 'all':
-        return meta['start'] + 1
-    raise UserError(f"loss_on={loss_on!r} is none of 'answer', 'response', 'all'")
-
-
-def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
-    """
-    data (of read_split), row numbers -> int64 arrays ids, targets, positions, segments, each (B, T), right-padded to the
-    longest row. targets are shifted by one; IGNORE on what loss_on leaves out ('answer', 'response', 'all') and on pads.
-    Without packing a row is an example, in segment 0. With it a row holds the shared prefix once (segment 0), then as
-    many examples as fit (segments 1..n), their positions going on from the prefix. Pads are of segment -1.
-    """
-    ids, meta = data
-    numbers = np.asarray(numbers)
-    start, end = meta['start'][numbers], meta['end'][numbers]
-    first = first_targets(meta, loss_on)[numbers]
-    # the prefix is shared only as far as nothing of it is supervised: the id before the first target predicts it
-    shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
-    bins = []  # first fit, longest first: [length, examples]
-    for i in np.argsort(start - end, kind='stable') if packing else range(len(numbers)):
-        length = end[i] - start[i] - 1 - shared
-        place = next((b for b in bins if packing and b[0] + length <= block_size), None)
-        if place is None:
-            bins.append(place := [shared, []])
-        place[0] += length
-        place[1].append(i)
-    B, T = len(bins), max(length for length, _ in bins)
-    x, y = np.full((B, T), EOS), np.full((B, T), IGNORE)
-    positions, segments = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)
-    for b, (_, examples) in enumerate(bins):
-        t = shared
-        x[b, :t], positions[b, :t], segments[b, :t] = ids[start[examples[0]]:][:t], np.arange(t), 0
-        for segment, i in enumerate(examples, 1):
-            row = ids[start[i] + shared:end[i]].astype(np.int64)
-            span = slice(t, t + len(row) - 1)
-            x[b, span], segments[b, span] = row[:-1], segment if packing else 0
-            positions[b, span] = np.arange(shared, shared + len(row) - 1)
-            skip = first[i] - start[i] - shared - 1
-            y[b, span][skip:] = row[1:][skip:]
-            t = span.stop
-    return x, y, positions, segments
 
 
 # --- the stage

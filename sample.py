@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from batch import IGNORE, make_batch
 from config import configure
 from files import write_json
 from lora import load_adapter
 from model import GPT, GPTConfig, start_machine
-from prepare import IGNORE, decode, encode_prompt, make_batch, read_split
+from prepare import decode, encode_prompt, read_split
 
 # -----------------------------------------------------------------------------
 # model
@@ -67,8 +68,9 @@ def load_origin(init_from):
     """-> the model before fine-tuning, the one that train.py starts with."""
     if init_from == 'scratch':
         torch.manual_seed(seed)
-        return GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-    model = GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
+        model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    else:
+        model = GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
     if adapter:
         load_adapter(model, adapter)
     return model
@@ -92,7 +94,8 @@ def reference_losses(model, data, numbers):
     """-> for each row {'reference_loss': nats a token of the reference answer, 'reference_tokens'}."""
     results = []
     for i in range(0, len(numbers), 8):
-        ids, targets, positions = (torch.from_numpy(a).to(device) for a in make_batch(data, numbers[i:i + 8], packing=False)[:3])
+        batch = make_batch(data, numbers[i:i + 8], packing=False)
+        ids, targets, positions = (torch.from_numpy(array).to(device) for array in batch[:3])
         with autocast:
             losses = model(ids, targets, positions, each=True)[1]
         counts = (targets != IGNORE).sum(1).tolist()

@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
+from batch import IGNORE, first_targets, make_batch
 from config import UserError, configure
 from files import write_aside, write_json
 from lora import add_lora, plain_state, save_adapter
 from model import GPT, GPTConfig, start_machine
-from prepare import IGNORE, decode, encode_prompt, first_targets, make_batch, read_split
+from prepare import decode, encode_prompt, read_split
 
 # -----------------------------------------------------------------------------
 # run
@@ -218,8 +219,8 @@ def show_answers():
     with autocast:
         answers = model.generate([encode_prompt(row) for row in shown], max_new_tokens=50)
     for row, answer in zip(shown, answers):
-        say('  {}  {}\n    reference: {}\n    answer:    {}'.format(row['instruction'], row.get('input') or '', row['output'],
-                                                              decode(answer)))
+        say(f'  {row["instruction"]}  {row.get("input") or ""}')
+        say(f'    reference: {row["output"]}\n    answer:    {decode(answer)}')
 
 
 def save_checkpoint():

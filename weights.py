@@ -15,7 +15,8 @@ from bundle import read_openai
 from config import UserError
 from files import download, read_json, unreadable
 
-OPENAI = 'https://openaipublic.blob.core.windows.net/gpt-2/models', 'https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2'
+OPENAI = ('https://openaipublic.blob.core.windows.net/gpt-2/models',
+          'https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2')
 HUGGING_FACE = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + '/openai-community'
 # block_size, vocab_size, n_layer, n_head, n_embd; OpenAI's folder, bytes of data and index; Hugging Face's bytes and sha256,
 # where they are known
@@ -86,7 +87,7 @@ def read_checkpoint(path):
 
 
 def read_config(path, fields, tensors=None):
-    """Fields in our, OpenAI's or Hugging Face's names; without any, tensors tell, and heads are 64 wide -> GPTConfig's fields."""
+    """Fields in our, OpenAI's or Hugging Face's names; without any, tensors tell, heads are 64 wide -> GPTConfig's."""
     ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
     try:
         fields = {ours.get(key, key): value for key, value in fields.items()}

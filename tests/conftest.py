@@ -32,7 +32,7 @@ def stage(folder, *command, code=0, env=None, timeout=120):
     """Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the code."""
     command = [sys.executable, *(ROOT / arg if str(arg).endswith('.py') and '/' not in str(arg) else str(arg) for arg in command)]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-                             env=os.environ | {'OMP_NUM_THREADS': '2'} | (env or {}))
+                             env=os.environ | {'OMP_NUM_THREADS': '1'} | (env or {}))
     assert process.returncode == code, process.stdout + process.stderr
     if code == 2:
         assert process.stderr.count('\n') == 1 and 'Traceback' not in process.stderr, process.stderr

@@ -5,8 +5,9 @@ import torch
 from conftest import ROWS
 from torch.nn import functional as F
 
+from batch import IGNORE, make_batch
 from model import GPT, GPTConfig
-from prepare import EOS, IGNORE, encode_prompt, get_tokenizer, make_batch
+from prepare import EOS, encode_prompt, get_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import model as model_file
+from bundle import read_index, read_openai
 from config import UserError
 from model import GPT, GPTConfig
-from bundle import read_index, read_openai
 
 TINY = Path(__file__).parent / 'fixtures' / 'openai-tiny'  # written by TensorFlow from OpenAI's own code, with its logits
 SHAPE = {'n_vocab': 64, 'n_ctx': 16, 'n_embd': 8, 'n_head': 2, 'n_layer': 13}

@@ -14,8 +14,9 @@ import torch
 from conftest import ROOT, TINY
 from torch.nn import functional as F
 
+from batch import first_targets
 from model import GPT, GPTConfig
-from prepare import first_targets, read_split
+from prepare import read_split
 
 NAME = 'gpt2-2x32-sft'
 

@@ -1,0 +1,154 @@
+"""Answers through sample.py's own command: after and before, one prompt, a conversation, an interrupted start, two processes."""
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY, stage
+
+from model import GPT, GPTConfig
+from prepare import decode, encode_prompt
+
+AFTER, BEFORE = 'instruction-data-with-response.json', 'instruction-data-with-response-before.json'
+FLAGS = '--dataset=tiny', '--out_dir=a', '--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', \
+    '--max_new_tokens=24'
+
+
+@pytest.fixture(scope='module')
+def trained(prepared, tmp_path_factory):
+    """A folder with a run in a/ that has begun to answer, and its data."""
+    folder = tmp_path_factory.mktemp('trained')
+    shutil.copytree(prepared / 'data', folder / 'data')
+    stage(folder, 'train.py', *TINY, '--dataset=tiny', '--out_dir=a', '--max_steps=60', '--learning_rate=1e-2')
+    return folder
+
+
+@pytest.fixture
+def sample(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+    def sample(*flags, launcher=(), **kwargs):
+        sample.shown = stage(tmp_path, *launcher, 'sample.py', *FLAGS, *flags, **kwargs)
+        return [json.loads((tmp_path / 'a' / name).read_text()) if (tmp_path / 'a' / name).exists() else []
+                for name in (AFTER, BEFORE)]
+    return sample
+
+
+def naive(model, prompt, limit=24):
+    """Greedy, one prompt at a time, without a cache -> (text, hit the limit)."""
+    ids = list(prompt)
+    while len(ids) < min(len(prompt) + limit, model.config.block_size):
+        new = model(torch.tensor([ids]))[0][0, -1].argmax().item()
+        if new == 50256:
+            return decode(ids[len(prompt):]), False
+        ids.append(new)
+    return decode(ids[len(prompt):]), True
+
+
+def test_predictions_after_and_before(sample, tmp_path):
+    after, before = sample()
+    test = json.loads((tmp_path / 'data/tiny/test.json').read_text())
+    model = GPT.from_pretrained(tmp_path / 'a').eval()
+    torch.manual_seed(123)
+    origin = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)).eval()
+    assert 'step 60, val loss' in sample.shown.stdout and 'gpt2-2x32-sft.pth' in sample.shown.stdout
+    for rows, network in ((after, model), (before, origin)):
+        assert [{key: row[key] for key in source} for row, source in zip(rows, test['rows'])] == test['rows']
+        for row in rows:
+            text, truncated = naive(network, encode_prompt(row))
+            assert row['model_response'] == text.strip().removeprefix('### Response:').strip()
+            assert row['truncated'] == truncated
+            ids = torch.tensor([encode_prompt(row)])
+            assert row['reference_tokens'] > 0 and row['reference_loss'] > 0 and ids.shape[1] < 128
+    assert any(not row['truncated'] for row in after) and all(row['truncated'] for row in before)
+    assert sum(row['reference_loss'] for row in after) < sum(row['reference_loss'] for row in before)
+
+
+def test_reference_loss(sample, tmp_path):
+    after, _ = sample('--before=False')
+    model = GPT.from_pretrained(tmp_path / 'a').eval()
+    for row in after[:3]:
+        prompt = encode_prompt(row)
+        from prepare import get_tokenizer
+        ids = torch.tensor([prompt + get_tokenizer().encode_ordinary(row['output']) + [50256]])
+        logits = model(ids)[0][0].log_softmax(-1)
+        nats = -logits[len(prompt) - 1:-1].gather(1, ids[0, len(prompt):, None]).mean().item()
+        assert row['reference_loss'] == pytest.approx(nats, rel=1e-4) and row['reference_tokens'] == ids.shape[1] - len(prompt)
+
+
+def test_one_prompt(sample, tmp_path):
+    sample('--prompt=Write the word cat again.', '--input=dog')
+    text = naive(GPT.from_pretrained(tmp_path / 'a').eval(), encode_prompt({'instruction': 'Write the word cat again.', 'input': 'dog'}))
+    assert sample.shown.stdout.rstrip().endswith(text[0].strip())
+    assert not (tmp_path / 'a' / AFTER).exists()
+
+
+def test_a_conversation(trained):
+    command = [sys.executable, ROOT / 'sample.py', *FLAGS, '--interactive=True']
+    shown = subprocess.run(command, cwd=trained, input='Write the word cat again.\nWrite the word dog again. | cat\n\nleft\n',
+                           capture_output=True, text=True)
+    assert shown.returncode == 0 and shown.stdout.count('\n> ') + shown.stdout.count('> ') >= 3
+
+
+def test_an_untrained_checkpoint_answers(trained, tmp_path):
+    """--init_from=<a path> with no run at all; and with a run, another model than it came from."""
+    stage(tmp_path, 'sample.py', '--out_dir=none', f'--init_from={trained / "a"}', '--prompt=Hello', '--max_new_tokens=3')
+    stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=absent', '--prompt=Hello', code=2)
+    shown = stage(tmp_path, 'sample.py', f'--out_dir={trained / "a"}', f'--init_from={trained / "a" / "gpt2-2x32-sft.pth"}',
+                  '--prompt=Hello', '--max_new_tokens=3')
+    assert 'before fine-tuning' in shown.stdout
+
+
+def test_an_interrupted_start_is_gone_on_with(sample, tmp_path):
+    whole, _ = sample('--before=False')
+    (tmp_path / 'a' / AFTER).unlink()
+    # killed after its second row: what it answered is not asked again
+    command = [sys.executable, ROOT / 'sample.py', *FLAGS, '--before=False']
+    code = ('import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n'
+            'import model\n'
+            'def generate(self, prompts, *args, on_done=None, **kwargs):\n'
+            '    def die_at_the_third(i, ids, count=[0]):\n'
+            '        count[0] += 1\n'
+            '        os._exit(9) if count[0] == 3 else on_done(i, ids)\n'
+            '    return original(self, prompts, *args, on_done=die_at_the_third, **kwargs)\n'
+            'original, model.GPT.generate = model.GPT.generate, generate\n'
+            'runpy.run_path(sys.argv[0], run_name="__main__")')
+    killed = subprocess.run([sys.executable, '-c', code, *map(str, command[1:])], cwd=tmp_path, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    part = next((tmp_path / 'a').glob('*.part0'))
+    part.write_text(part.read_text() + '{"key": "cut')  # the line at which it was killed
+    again, _ = sample('--before=False')
+    assert again == whole and f'2 of {len(whole)} answers are there already' in sample.shown.stdout
+    assert not list((tmp_path / 'a').glob('*.part*'))
+
+
+def test_two_processes_share_the_prompts(sample):
+    one = sample('--before=False')[0]
+    two = sample('--before=False', launcher=('-m', 'torch.distributed.run', '--nproc_per_node=2'))[0]
+    assert [row['model_response'] for row in one] == [row['model_response'] for row in two]
+    assert [row['reference_loss'] for row in one] == pytest.approx([row['reference_loss'] for row in two], rel=1e-5)
+
+
+def test_sampling_depends_on_the_seed(sample):
+    def responses(*flags):
+        return [row['model_response'] for row in sample('--before=False', '--temperature=1.0', '--top_k=50', *flags)[0]]
+    assert responses('--seed=1') == responses('--seed=1') != responses('--seed=2')
+
+
+def test_an_adapter_on_its_base(trained, tmp_path):
+    """Base + adapter.safetensors answers as the merged <model>-sft.pth does, and fits no other shape."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    base = tmp_path / 'a/gpt2-2x32-sft.pth'
+    lora = [flag for flag in TINY if 'init_from' not in flag] + [f'--init_from={base}', '--dataset=tiny', '--lora_rank=4']
+    stage(tmp_path, 'train.py', *lora, '--out_dir=b', '--max_steps=20', '--learning_rate=1e-2')
+    assert (tmp_path / 'b/adapter.safetensors').stat().st_size < 40_000
+    ask = '--dataset=tiny', '--max_new_tokens=24', f'--init_from={base}'
+    stage(tmp_path, 'sample.py', *ask, '--out_dir=b')
+    stage(tmp_path, 'sample.py', *ask, '--out_dir=c', '--adapter=b/adapter.safetensors')
+    merged, put_on, before = (json.loads((tmp_path / name).read_text()) for name in (f'b/{AFTER}', f'c/{BEFORE}', f'b/{BEFORE}'))
+    assert [row['model_response'] for row in merged] == [row['model_response'] for row in put_on]
+    assert [row['reference_loss'] for row in merged] == pytest.approx([row['reference_loss'] for row in put_on], rel=1e-4)
+    assert [row['reference_loss'] for row in merged] != pytest.approx([row['reference_loss'] for row in before], rel=1e-3)
+    stage(tmp_path, 'sample.py', *FLAGS, '--n_embd=64', '--out_dir=d', '--adapter=b/adapter.safetensors', '--prompt=x', code=2)
