@@ -26,7 +26,7 @@ from config import UserError
 WAITS = 0, 1, 2, 4  # times `backoff`: seconds before each try of a request
 TRIES = 3  # conversations about an invalid answer
 LOAD = 600  # seconds that a server may take to load a model
-PATIENCE = 3  # unanswered asks in a row after which a server counts as gone
+PATIENCE = 3  # unanswered asks in a row, for each worker, after which a server counts as gone
 TRANSIENT = 408, 429, 500, 502, 503, 504  # what the same request may be spared the next time
 FORMS = {  # how a server wants to be told the answer's schema; the first that it takes is used
     'json_schema': lambda schema: {'type': 'json_schema', 'json_schema': {'name': 'answer', 'schema': schema}},
@@ -69,10 +69,10 @@ class Server:
     def __init__(self, kind, model, url='', timeout=300.0, backoff=1.0):
         self.kind, self.model, self.timeout, self.backoff = kind, model, timeout, backoff
         self.url = server_address(kind, url)
-        self.key = os.environ.get('OPENAI_API_KEY', '') if kind == 'openai' else ''
+        self.key = os.environ.get('OPENAI_API_KEY', '').strip() if kind == 'openai' else ''
         self.version = self.digest = ''
         self.form = 'json_schema'
-        self.unanswered = 0
+        self.unanswered, self.patience = 0, PATIENCE
         self.local = threading.local()  # a requests.Session is not made for several threads
 
     def session(self):
@@ -81,11 +81,7 @@ class Server:
             # a proxy in the environment is not meant for this machine; for other ones it is
             session.trust_env = urlsplit(self.url).hostname not in ('127.0.0.1', 'localhost', '::1')
             if self.key:  # as auth rather than as a header, which a ~/.netrc would override
-
-                def sign(request):
-                    request.headers['Authorization'] = 'Bearer ' + self.key
-                    return request
-                session.auth = sign
+                session.auth = lambda request: request.headers.update(Authorization=f'Bearer {self.key}') or request
         return self.local.session
 
     def call(self, path, body=None, timeout=0, waits=WAITS):
@@ -95,12 +91,10 @@ class Server:
             time.sleep(wait * self.backoff)
             try:
                 reply = self.session().request('POST' if body else 'GET', self.url + path, json=body, timeout=(10, timeout))
-            except requests.Timeout:
-                fault = Fault(f'no answer within {timeout:g} s')
-                continue
             except requests.RequestException as error:
-                fault = Fault('the connection failed' if isinstance(error, requests.ConnectionError) else
-                              f'the reply broke off ({type(error).__name__})')
+                fault = Fault(f'no answer within {timeout:g} s' if isinstance(error, requests.Timeout) else
+                              'the connection failed' if isinstance(error, requests.ConnectionError) else
+                              f'the request failed ({type(error).__name__})')
                 continue
             text = reply.content.decode('utf-8', 'replace')
             text = text.replace(self.key, '[key]') if self.key else text  # a server may repeat it in its error
@@ -153,7 +147,7 @@ class Server:
                 return
             for self.form in FORMS:
                 try:
-                    self.chat(body, timeout=max(LOAD, self.timeout), waits=WAITS if self.form == 'none' else WAITS[:2])
+                    self.chat(body | {'max_tokens': 8}, max(LOAD, self.timeout), WAITS if self.form == 'none' else WAITS[:2])
                     return
                 except Fault as fault:
                     if fault.status in (0, 401, 403, 404) or self.form == 'none' or 'response_format' not in body:
@@ -189,7 +183,7 @@ class Server:
         """Ask until read(text) raises no ValueError, saying each time what was wrong -> {text, tries, [fault]}."""
         messages, text, tries = body['messages'], '', 0
         try:
-            if self.unanswered >= PATIENCE:
+            if self.unanswered >= self.patience:
                 raise Fault('not asked, since the server had stopped answering')
             for tries in range(1, TRIES + 1):
                 text, ended = self.chat(body | {'messages': messages})
@@ -235,8 +229,10 @@ def ask_all(server, bodies, read, path, workers=1):
     if not todo:
         return [known[key] for key in keys]
     server.load(next(iter(todo.values())))
+    server.patience = PATIENCE * workers
     lock = threading.Lock()
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'ab+') as file:
             if file.tell() and not Path(path).read_bytes().endswith(b'\n'):  # an interruption cut the last line
                 file.write(b'\n')

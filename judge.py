@@ -193,9 +193,10 @@ if __name__ == '__main__':
             for result, found in zip(results, judged[who]):
                 result[who] |= found
         if others:
-            own, rival = (judged[who] for who in (*groups, 'run')[:2])
-            scores['paired'] = paired([a['score'] - (b['score'] if 'baseline' in groups else 0) for a, b in zip(own, rival)
-                                       if 'failed' not in (a['status'], b['status'])], seed)
+            # in the pairwise style a row's score is the difference already
+            pairs = zip(judged['run'], judged.get('baseline', [{'status': 'scored', 'score': 0}] * len(rows)))
+            pairs = [(a['score'], b['score']) for a, b in pairs if 'failed' not in (a['status'], b['status'])]
+            scores['paired'] = paired([a - b for a, b in pairs], seed)
         if calibrate:
             scores['calibration'] = calibration(judged)
         scores['faults'] = [found['fault'] for group in judged.values() for found in group if 'fault' in found]

@@ -51,10 +51,10 @@ def figure(found, digits=2):
 
 def metrics_lines(scores):
     """-> the table of reference metrics, or no line if there are none."""
-    rows = scores['metrics'].get('all', {}).items()
-    sides = [side for side in ('run', 'baseline', 'difference') if any(side in found for _, found in rows)]
-    head = [f'{"":18}' + ''.join(f'{side:28}' for side in sides).rstrip()] if sides else []
-    return head + [f'{name:18}' + ''.join(f'{figure(found.get(side)):28}' for side in sides).rstrip() for name, found in rows]
+    table = scores['metrics'].get('all', {})
+    sides = [side for side in ('run', 'baseline', 'difference') if any(side in found for found in table.values())]
+    lines = [['', *sides]] + [[name, *(figure(found.get(side)) for side in sides)] for name, found in table.items()]
+    return [f'{name:18}' + ''.join(f'{text:28}' for text in texts).rstrip() for name, *texts in lines] if sides else []
 
 
 def judge_lines(scores):
