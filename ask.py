@@ -5,8 +5,8 @@ Ask a model behind a server until its answer is valid: Ollama's own API, or any 
     server.check()
     answers = ask_all(server, [server.body('Reply with a number.', None, 123)], int, 'out/judge.jsonl')
 
-Nothing is lost in silence: an ask ends in a text that its reader takes, or in a fault that says why not. Each is appended
-to a file as it comes, under a hash of all that could change it, so what was answered once is not asked again.
+An ask ends in a text that its reader takes, or in a fault that says why not. Each is appended to a file as it comes, under
+a hash of all that could change it, so what was answered once is not asked again.
 """
 import hashlib
 import json
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from config import UserError
 
 WAITS = 0, 1, 2, 4  # times `backoff`: seconds before each try of a request
-TRIES = 3  # conversations about an invalid answer
+TRIES = 3  # times that an answer is asked for until it is valid
 LOAD = 600  # seconds that a server may take to load a model
 PATIENCE = 3  # unanswered asks in a row, for each worker, after which a server counts as gone
 TRANSIENT = 408, 429, 500, 502, 503, 504  # what the same request may be spared the next time
@@ -37,7 +37,6 @@ FORMS = {  # how a server wants to be told the answer's schema; the first that i
 
 class Fault(Exception):
     """Why a request came to nothing. status: the HTTP status, 0 if no reply came at all."""
-
     def __init__(self, text, status=0):
         super().__init__(text)
         self.status = status
@@ -100,9 +99,9 @@ class Server:
             text = text.replace(self.key, '[key]') if self.key else text  # a server may repeat it in its error
             try:
                 data = json.loads(text)
-            except ValueError:
+            except ValueError:  # a stream's lines, or a page of a proxy's
                 data = None
-            if reply.status_code == 200 and isinstance(data, dict) and 'error' not in data:
+            if reply.status_code == 200 and isinstance(data, dict) and not data.get('error'):
                 return data
             error = data.get('error', data) if isinstance(data, dict) else text
             error = error.get('message', error) if isinstance(error, dict) else error
@@ -174,8 +173,8 @@ class Server:
             body = body if body['response_format'] else {key: body[key] for key in body if key != 'response_format'}
         reply = self.call('/api/chat' if self.kind == 'ollama' else '/v1/chat/completions', body, timeout, waits)
         try:
-            choice = reply if self.kind == 'ollama' else reply['choices'][0]
-            return choice['message']['content'] or '', choice.get('done_reason', choice.get('finish_reason')) != 'length'
+            reply = reply if self.kind == 'ollama' else reply['choices'][0]
+            return reply['message']['content'] or '', reply.get('done_reason', reply.get('finish_reason')) != 'length'
         except (KeyError, IndexError, TypeError):
             raise Fault(f'a reply without an answer: {str(reply)[:200]}', 200) from None
 
@@ -194,10 +193,9 @@ class Server:
                     read(text)
                     return {'text': text, 'tries': tries}
                 except ValueError as error:
-                    fault = f'no valid answer in {tries} tries: {error}'
-                    again = f'Your answer cannot be used: {error}. Answer again, in the form that was asked for.'
-                messages = messages + [{'role': 'assistant', 'content': text or '(nothing)'},
-                                       {'role': 'user', 'content': again}]
+                    fault, wrong = f'no valid answer in {tries} tries: {error}', f'Your answer cannot be used: {error}.'
+                said = {'role': 'assistant', 'content': text or '(nothing)'}
+                messages = messages + [said, {'role': 'user', 'content': wrong + ' Answer again.'}]
         except Fault as error:
             self.unanswered += error.status == 0
             fault = str(error)
