@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from batch import IGNORE, make_batch
-from config import configure
+from config import UserError, configure
 from files import write_json
 from lora import load_adapter
 from model import GPT, GPTConfig, start_machine
@@ -39,7 +39,7 @@ before = True  # let the model before fine-tuning answer the test split too
 prompt = ''  # one instruction instead
 input = ''  # and its input
 interactive = False  # talk with the terminal instead
-questions = ''  # a JSONL file of questions for the judge instead
+questions = ''  # a JSONL file of questions instead, like data/questions.jsonl, for judge.py --judge_style=mtbench
 # how
 max_new_tokens = 256
 temperature = 0.0  # 0: greedy
@@ -57,9 +57,9 @@ out = Path(out_dir)
 
 
 def find_run():
-    """-> the .json of the newest run in out_dir; None if there is none or init_from names another model."""
+    """-> the .json of the newest run in out_dir; None if there is none, or init_from was set to name another model."""
     runs = sorted(out.glob('*-sft.json'), key=lambda path: path.stat().st_mtime)
-    if adapter or not runs or init_from not in ('resume', json.loads(runs[-1].read_text())['init_from']):
+    if adapter or not runs or init_from not in ('gpt2-medium', 'resume', json.loads(runs[-1].read_text())['init_from']):
         return None
     return runs[-1]
 
@@ -172,6 +172,16 @@ elif interactive:
     while line := (print('> ', end='', flush=True), sys.stdin.readline().strip())[1]:
         instruction, _, text = map(str.strip, line.partition('|'))
         answer(model, [{'instruction': instruction, 'input': text}], lambda i, result: print(result['model_response']))
+elif questions:
+    try:
+        asked = [json.loads(line) for line in Path(questions).read_text(encoding='utf-8').splitlines() if line.strip()]
+        rows = [{'instruction': question['turns'][0]} for question in asked]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f'{questions} is no JSONL of questions with turns: {error!r}') from error
+    # the first turn only: the template of these models has room for one
+    answer(model, rows, lambda i, result: asked[i].update(answers=[result['model_response']]))
+    write_json(out / 'question-answers.json', asked)
+    print(f'{len(asked)} answers: wrote {out}/question-answers.json')
 else:
     out.mkdir(parents=True, exist_ok=True)
     predict(model, 'instruction-data-with-response.json' if run else 'instruction-data-with-response-before.json', about)
