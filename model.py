@@ -21,9 +21,10 @@ from config import UserError
 
 IGNORE = -100  # a target that is not supervised
 CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
-PACK = 512  # prompt positions that generate computes at once
+PACK = 1024  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
 SLOTS = 256  # rows it works on at once, at most
+SPAN = 32  # positions, or rows, whose attention is one product, on a CPU: what is masked there is work for nothing
 
 
 @dataclass
@@ -156,7 +157,7 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
-                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to block_size - 1 = {block_size - 1} can be continued')
+                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to block_size - 1 = {block_size - 1} will do')
         rows = [list(prompt) for prompt in prompts]  # prompt and new ids
         ends = [min(len(row) + max_new_tokens, block_size) for row in rows]
         streams = [np.random.default_rng((seed, zlib.crc32(np.array(row, '<i8').tobytes()))) for row in rows]
@@ -209,6 +210,8 @@ class Cache:
         shape = config.n_head, 0, config.n_embd // config.n_head
         self.prefix = [probe.new_zeros(2, *shape) for _ in model.h]
         self.own = [probe.new_zeros(2, 0, *shape) for _ in model.h]
+        self.device = probe.device
+        self.span = SPAN if self.device.type == 'cpu' else PACK
         self.bytes = 2 * config.n_layer * config.n_embd * probe.element_size()  # of a position
         if prefix:
             self.admit([prefix])
@@ -249,39 +252,50 @@ class Cache:
         slots = torch.tensor(slots).repeat_interleave(lengths)
         ends = lengths.cumsum(0)
         at = torch.arange(len(ids)) - (ends - lengths).repeat_interleave(lengths)
-        seen = (slots[:, None] == slots).tril()
-        seen = F.pad(seen, (self.shared, 0), value=True).to(self.prefix[0].device)
+        order = torch.arange(len(ids))
+        spans = []  # queries, the keys from the start of their first row on, and which of the prefix and of those each sees
+        for a in range(0, len(ids), self.span):
+            queries, keys = order[a:a + self.span, None], order[a - at[a]:a + SPAN]
+            seen = F.pad((slots[queries] == slots[keys]) & (keys <= queries), (self.shared, 0), value=True)
+            spans.append((slice(a, a + self.span), slice(a - int(at[a]), a + self.span), seen.to(self.device)))
 
         def attend(i, q, k, v):
-            k, v = (torch.cat((past, new[0]), 1)[None] for past, new in zip(self.prefix[i], (k, v)))  # (1, H, P + N, C/H)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            y = []
+            for queries, keys, seen in spans:
+                kv = (torch.cat((past, new[0, :, keys]), 1)[None] for past, new in zip(self.prefix[i], (k, v)))  # (1, H, P + T, C/H)
+                y.append(F.scaled_dot_product_attention(q[:, :, queries], *kv, attn_mask=seen))
+            return torch.cat(y, 2)
 
         return self.run(ids, slots, at, attend, ends - 1)
 
     def step(self, rows):
         """The last id of each active row -> logits (rows, vocab) of the one that follows."""
-        n, length = len(rows), max(map(len, rows)) - self.shared
-        if self.room(length + self.shared) > self.own[0].size(3) or n <= self.own[0].size(1) // 2:
-            self.resize(n, self.room(length + self.shared))
-        slots, at = torch.arange(n), torch.tensor([len(row) - self.shared - 1 for row in rows])
-        unseen = (torch.arange(length) > at[:, None])[:, None, None].to(self.prefix[0].device)  # (n, 1, 1, T)
+        lengths = [len(row) - self.shared for row in rows]  # own ids, the one that is read now included
+        n, P, T = len(rows), self.shared, max(lengths)
+        if T > self.own[0].size(3) or n <= self.own[0].size(1) // 2:
+            self.resize(n, self.room(P + T))
+        slots, at = torch.arange(n), torch.tensor(lengths) - 1
+        unseen = F.pad(torch.arange(T) > at[:, None], (P, 0))[:, None, None].to(self.device)  # (n, 1, 1, P + T)
+        # slots are gone through in spans, each as far as its longest row: what bounds the time is reading the cache
+        spans = [(slice(a, a + self.span), slice(max(lengths[a:a + self.span]))) for a in range(0, n, self.span)]
 
         def attend(i, q, k, v):
-            prefix, own = self.prefix[i], self.own[i][:, :n, :, :length]
+            prefix, (keys, values) = self.prefix[i], self.own[i][:, :n]
             q = q[0] / math.sqrt(q.size(-1))  # (H, n, C/H)
-            # one softmax over the prefix, which all rows share in one product a head, and each row's own positions
-            far = (q @ prefix[0].transpose(1, 2)).transpose(0, 1)[:, :, None]  # (n, H, 1, P)
-            near = q.transpose(0, 1)[:, :, None] @ own[0].transpose(2, 3)  # (n, H, 1, T)
-            near = near.masked_fill(unseen, -math.inf)
-            far, near = torch.cat((far, near), -1).softmax(-1).to(v.dtype).split((self.shared, length), -1)
-            y = (near @ own[1])[:, :, 0].transpose(0, 1) + far[:, :, 0].transpose(0, 1) @ prefix[1]
-            return y[None]  # (1, H, n, C/H)
+            scores = q.new_full((n, q.size(0), 1, P + T), -math.inf)
+            scores[..., :P] = (q @ prefix[0].transpose(1, 2)).transpose(0, 1)[:, :, None]  # one product a head for all rows
+            q = q.transpose(0, 1)[:, :, None]  # (n, H, 1, C/H)
+            for s, t in spans:
+                scores[s, :, :, P:][..., t] = q[s] @ keys[s, :, t].transpose(2, 3)
+            far, near = scores.masked_fill_(unseen, -math.inf).softmax(-1).to(v.dtype).split((P, T), -1)
+            y = torch.cat([near[s][..., t] @ values[s, :, t] for s, t in spans])[:, :, 0].transpose(0, 1)
+            return (y + far[:, :, 0].transpose(0, 1) @ prefix[1])[None]  # (1, H, n, C/H)
 
         return self.run(torch.tensor([row[-1] for row in rows]), slots, at, attend, slice(None))
 
     def run(self, ids, slots, at, attend, last):
         """ids at positions P + at of slots, (N,) each -> logits at `last`. attend(block, q, k, v) after k, v are stored."""
-        ids, slots, at = (x.to(self.prefix[0].device) for x in (ids, slots, at))
+        ids, slots, at = (x.to(self.device) for x in (ids, slots, at))
 
         def keep(i):
             def attend_block(q, k, v):  # (1, H, N, C/H)
