@@ -8,6 +8,7 @@ GPT-2 in one file: the network, generation with a cache, and every way of loadin
 B rows, T positions, C = n_embd channels, H heads of C/H channels.
 """
 import atexit
+import functools
 import math
 import os
 import zlib
@@ -24,9 +25,10 @@ from config import UserError
 from weights import RELEASED, fetch_released, find_checkpoint, read_checkpoint, unreadable
 
 CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
-PACK = 512  # prompt positions that generate computes at once
+PACK = 1024  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
 SLOTS = 256  # rows it works on at once, at most
+SPAN = 32  # positions, or rows, whose attention is one product, on a CPU: what is masked there is work for nothing
 
 
 @dataclass
@@ -212,11 +214,10 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
-                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to {block_size - 1} can be continued')
+                raise UserError(f'prompt {i} has {len(prompt)} tokens; 1 to block_size - 1 = {block_size - 1} will do')
             if max(prompt) >= self.config.vocab_size:
                 raise UserError(f'prompt {i} has token {max(prompt)}; this model knows {self.config.vocab_size} tokens')
-        rows = [list(prompt) for prompt in prompts]  # prompt and new ids
-        ends = [min(len(row) + max_new_tokens, block_size) for row in rows]
+        rows, answers = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # a row is a prompt and its new ids
         streams = [np.random.default_rng((abs(seed), zlib.crc32(np.array(row, '<i8').tobytes()))) for row in rows]
         waiting = sorted(range(len(rows)), key=lambda i: len(rows[i])) if max_new_tokens > 0 else []
         active = []  # the row in each slot of the cache
@@ -232,61 +233,57 @@ class GPT(nn.Module):
                     logits = cache.admit([rows[i] for i in lot], [rows[i] for i in active])
                     active += lot
                 else:
-                    # rows that don't fit any more wait again, to be computed anew with the ids they have
+                    # rows that have outgrown the memory wait again, to be computed anew with the ids they have
                     fit = cache.fit(max(len(rows[i]) for i in active))
                     waiting += active[fit:]
                     lot = active = active[:fit]
-                    logits = cache.step([rows[i] for i in lot])
-                uniform = [streams[i].random() for i in lot]
-                for i, new in zip(lot, pick(logits, temperature, top_k, uniform)):
+                    logits = cache.step([rows[i] for i in active])
+                for i, new in zip(lot, pick(logits, temperature, top_k, [streams[i].random() for i in lot])):
                     rows[i].append(new)
                 for slot in reversed(range(len(active))):
                     i = active[slot]
-                    if rows[i][-1] == eos or len(rows[i]) == ends[i]:
-                        rows[i] = rows[i][len(prompts[i]):len(rows[i]) - (rows[i][-1] == eos)]
+                    if rows[i][-1] == eos or len(rows[i]) == min(len(prompts[i]) + max_new_tokens, block_size):
+                        answers[i] = rows[i][len(prompts[i]):len(rows[i]) - (rows[i][-1] == eos)]
                         if on_done:
-                            on_done(i, rows[i])
+                            on_done(i, answers[i])
                         cache.move(len(active) - 1, slot)
                         active[slot] = active[-1]
                         active.pop()
         finally:
             self.train(training)
-        return rows if max_new_tokens > 0 else [[] for _ in rows]
+        return answers
 
 
 class Cache:
     """
     What generate keeps of its rows, a tensor a block: `prefix` (2, H, P, C/H), the keys and values of the P ids that all
-    rows begin with, held once; `own` (2, slots, H, room, C/H), those of the ids after it, a row a slot.
+    rows begin with, held once; `own` (2, slots, H, room, C/H), those of the ids after them, a slot a row.
     """
 
     def __init__(self, model, prefix, limit):
-        config = model.config
-        self.model, self.limit, self.shared = model, limit, 0
+        H, C = model.config.n_head, model.config.n_embd
         device, dtype = model.wte.weight.device, model.wte.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # what the layers' keys come in
-        shape = config.n_head, 0, config.n_embd // config.n_head
-        self.prefix = [torch.zeros(2, *shape, device=device, dtype=dtype) for _ in model.h]
-        self.own = [torch.zeros(2, 0, *shape, device=device, dtype=dtype) for _ in model.h]
-        self.bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize  # of a position
+        self.model, self.device, self.P = model, device, 0
+        self.limit = limit / (2 * C * len(model.h) * dtype.itemsize)  # positions
+        self.span = SPAN if device.type == 'cpu' else PACK
+        self.prefix = [torch.zeros(2, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
+        self.own = [torch.zeros(2, 0, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
         if prefix:
             self.admit([prefix])
             self.prefix = [own[:, 0, :, :len(prefix)].clone() for own in self.own]
-            self.own = [own[:, :0, :, :0] for own in self.own]
-            self.shared = len(prefix)
+            self.P = len(prefix)
 
     def room(self, length):
-        """-> positions a slot must have for rows of `length` ids, in whole STEPs."""
-        return -((self.shared - length) // STEP) * STEP
+        return -((self.P - length) // STEP) * STEP  # positions for a row of `length` ids, in whole STEPs
 
     def fit(self, length):
-        """-> how many rows of `length` ids the limit takes."""
-        return min(SLOTS, max(1, int(self.limit / self.bytes / self.room(length))))
+        return min(SLOTS, max(1, int(self.limit / self.room(length))))  # rows of `length` ids
 
-    def resize(self, slots, room):
+    def resize(self, slots, length):
         for i, own in enumerate(self.own):
-            self.own[i] = F.pad(own, (0, 0, 0, room - own.size(3), 0, 0, 0, slots - own.size(1)))
+            self.own[i] = F.pad(own, (0, 0, 0, self.room(length) - own.size(3), 0, 0, 0, slots - own.size(1)))
 
     def move(self, slot, to):
         for own in self.own if slot != to else ():
@@ -294,75 +291,81 @@ class Cache:
 
     def admit(self, rows, active=()):
         """Compute rows into the slots after those of the active -> logits (rows, vocab) of the id that follows each."""
-        self.resize(len(active) + len(rows), self.room(max(map(len, [*rows, *active]))))
-        packs = [[]]
+        self.resize(len(active) + len(rows), max(map(len, [*rows, *active])))
+        logits, pack = [], []
         for slot, row in enumerate(rows, len(active)):
-            if packs[-1] and sum(len(row) - self.shared for _, row in packs[-1]) + len(row) - self.shared > PACK:
-                packs.append([])
-            packs[-1].append((slot, row))
-        return torch.cat([self.admit_pack(*zip(*pack)) for pack in packs])
+            pack += [(slot, at, id) for at, id in enumerate(row[self.P:])]
+            if len(pack) >= PACK or row is rows[-1]:
+                logits.append(self.admit_pack(*torch.tensor(pack).unbind(1)))
+                pack = []
+        return torch.cat(logits)
 
-    def admit_pack(self, slots, rows):
-        """Rows back to back, each seeing the prefix and itself: no position is a pad."""
-        lengths = torch.tensor([len(row) - self.shared for row in rows])
-        ids = torch.tensor([id for row in rows for id in row[self.shared:]])
-        slots = torch.tensor(slots).repeat_interleave(lengths)
-        ends = lengths.cumsum(0)
-        at = torch.arange(len(ids)) - (ends - lengths).repeat_interleave(lengths)
-        seen = (slots[:, None] == slots).tril()
-        seen = F.pad(seen, (self.shared, 0), value=True).to(self.prefix[0].device)
+    def admit_pack(self, slots, at, ids):
+        """Rows back to back, without pads: ids (N,) at positions P + at of slots. Each sees the prefix and its own row."""
+        order = torch.arange(len(ids))
+        spans = []  # queries, the keys from where their first row begins, and which of the prefix and of those they see
+        for a in range(0, len(ids), self.span):
+            queries, keys = slice(a, a + self.span), slice(a - int(at[a]), a + self.span)
+            seen = (slots[queries, None] == slots[keys]) & (order[queries, None] >= order[keys])
+            spans.append((queries, keys, F.pad(seen, (self.P, 0), value=True).to(self.device)))
 
         def attend(i, q, k, v):
-            k, v = (torch.cat((past, new[0]), 1)[None] for past, new in zip(self.prefix[i], (k, v)))  # (1, H, P + N, C/H)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            y = []
+            for queries, keys, seen in spans:
+                kv = (torch.cat((far, near[0, :, keys]), 1)[None] for far, near in zip(self.prefix[i], (k, v)))
+                y.append(F.scaled_dot_product_attention(q[:, :, queries], *kv, attn_mask=seen))
+            return torch.cat(y, 2)  # (1, H, N, C/H)
 
-        return self.run(ids, slots, at, attend, ends - 1)
+        return self.run(slots, at, ids, attend, F.pad(slots[1:] != slots[:-1], (0, 1), value=True))
 
     def step(self, rows):
-        """The last id of each active row -> logits (rows, vocab) of the one that follows."""
-        n, length = len(rows), max(map(len, rows)) - self.shared
-        if self.room(length + self.shared) > self.own[0].size(3) or n <= self.own[0].size(1) // 2:
-            self.resize(n, self.room(length + self.shared))
-        slots, at = torch.arange(n), torch.tensor([len(row) - self.shared - 1 for row in rows])
-        unseen = (torch.arange(length) > at[:, None])[:, None, None].to(self.prefix[0].device)  # (n, 1, 1, T)
+        """The last id of each row, in the slots' order -> logits (rows, vocab) of the id that follows."""
+        lengths = [len(row) - self.P for row in rows]
+        n, P, T = len(rows), self.P, max(lengths)
+        if T > self.own[0].size(3) or n <= self.own[0].size(1) // 2:
+            self.resize(n, P + T)
+        at = torch.tensor(lengths) - 1
+        unseen = F.pad(torch.arange(T) > at[:, None], (P, 0))[:, None, None].to(self.device)  # (n, 1, 1, P + T)
+        # a span reads as far as its longest row: reading the cache is what takes the time
+        spans = [(slice(a, a + self.span), slice(max(lengths[a:a + self.span]))) for a in range(0, n, self.span)]
 
         def attend(i, q, k, v):
-            prefix, own = self.prefix[i], self.own[i][:, :n, :, :length]
+            prefix, (keys, values) = self.prefix[i], self.own[i][:, :n]
             q = q[0] / math.sqrt(q.size(-1))  # (H, n, C/H)
-            # one softmax over the prefix, which all rows share in one product a head, and each row's own positions
-            far = (q @ prefix[0].transpose(1, 2)).transpose(0, 1)[:, :, None]  # (n, H, 1, P)
-            near = q.transpose(0, 1)[:, :, None] @ own[0].transpose(2, 3)  # (n, H, 1, T)
-            near = near.masked_fill(unseen, -math.inf)
-            far, near = torch.cat((far, near), -1).softmax(-1).to(v.dtype).split((self.shared, length), -1)
-            y = (near @ own[1])[:, :, 0].transpose(0, 1) + far[:, :, 0].transpose(0, 1) @ prefix[1]
-            return y[None]  # (1, H, n, C/H)
+            scores = q.new_full((n, q.size(0), 1, P + T), -math.inf)
+            scores[..., :P] = (q @ prefix[0].transpose(1, 2)).transpose(0, 1)[:, :, None]  # one product a head for all rows
+            q = q.transpose(0, 1)[:, :, None]  # (n, H, 1, C/H)
+            for s, t in spans:
+                scores[s, :, :, P:][..., t] = q[s] @ keys[s, :, t].transpose(2, 3)
+            far, near = scores.masked_fill_(unseen, -math.inf).softmax(-1).to(v.dtype).split((P, T), -1)
+            y = torch.cat([near[s][..., t] @ values[s, :, t] for s, t in spans])[:, :, 0].transpose(0, 1)
+            return (y + far[:, :, 0].transpose(0, 1) @ prefix[1])[None]  # (1, H, n, C/H)
 
-        return self.run(torch.tensor([row[-1] for row in rows]), slots, at, attend, slice(None))
+        return self.run(torch.arange(n), at, torch.tensor([row[-1] for row in rows]), attend, slice(None))
 
-    def run(self, ids, slots, at, attend, last):
-        """ids at positions P + at of slots, (N,) each -> logits at `last`. attend(block, q, k, v) after k, v are stored."""
-        ids, slots, at = (x.to(self.prefix[0].device) for x in (ids, slots, at))
+    def run(self, slots, at, ids, attend, last):
+        """-> logits at `last` of the N positions. attend(block, q, k, v) is called after k and v are in the cache."""
+        slots, at, ids = (x.to(self.device) for x in (slots, at, ids))
 
-        def keep(i):
-            def attend_block(q, k, v):  # (1, H, N, C/H)
-                self.own[i][0][slots, :, at], self.own[i][1][slots, :, at] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-                return attend(i, q, k, v)
-            return attend_block
+        def attend_block(i, q, k, v):  # (1, H, N, C/H)
+            self.own[i][0][slots, :, at], self.own[i][1][slots, :, at] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+            return attend(i, q, k, v)
 
-        x = self.model.hidden(ids[None], at[None] + self.shared, [keep(i) for i in range(len(self.own))])
+        attends = [functools.partial(attend_block, i) for i in range(len(self.own))]
+        x = self.model.hidden(ids[None], self.P + at[None], attends)
         return F.linear(self.model.ln_f(x[0, last]), self.model.wte.weight)
 
 
 def pick(logits, temperature, top_k, uniform):
-    """logits (n, vocab) -> list of n ids: the largest, or by the inverse of the cumulated probabilities at uniform (n,)."""
+    """logits (n, vocab) -> list of n ids: the largest, or where the cumulated probabilities pass uniform (n,)."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    ids = torch.arange(logits.size(1), device=logits.device).expand_as(logits)
     if top_k:
         logits, ids = logits.topk(min(top_k, logits.size(1)))
     cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)
     uniform = torch.tensor(uniform, device=logits.device)[:, None]
-    return ids.gather(1, torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True))[:, 0].tolist()
+    chosen = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
+    return (ids.gather(1, chosen) if top_k else chosen)[:, 0].tolist()
 
 
 # --- the machine
