@@ -7,7 +7,6 @@ Instruction-tune GPT-2: response-only loss, evaluation, checkpoints. One process
 """
 import json
 import math
-import pickle
 import signal
 import time
 from dataclasses import asdict
@@ -85,7 +84,10 @@ out = Path(out_dir)
 for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interval', 'n_layer', 'n_head', 'n_embd'):
     if config[key] < 1:
         raise UserError(f'{key}={config[key]} must be at least 1')
-shard = shard and world > 1
+for key, choices in {'schedule': ('constant', 'cosine', 'linear'), 'decay': ('all', 'matrices')}.items():
+    if config[key] not in choices:
+        raise UserError(f'{key}={config[key]!r} is none of {", ".join(choices)}')
+shard = shard and world > 1  # one process has nobody to share with
 
 # data
 data = {split: read_split(dataset, split) for split in ('train', 'val')}
@@ -102,8 +104,9 @@ last = None
 if init_from == 'resume':
     try:
         last = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f'cannot resume from {out}/ckpt.pt ({error}): start without --init_from=resume') from error
+    except Exception as error:  # torch.load tells of no error in particular
+        why = str(error).splitlines()[0]
+        raise UserError(f'cannot resume from {out}/ckpt.pt ({why}): start without --init_from=resume') from error
     was = last['config'] | {'rows': last['sha256']}
     differ = [f'{key} was {was.get(key)!r}, is {value!r}' for key, value in (config | {'rows': rows['sha256']}).items()
               if key not in FREE and value != was.get(key)]
@@ -134,8 +137,8 @@ if lora_rank:
 elif quantize != 'none':
     raise UserError(f'quantize={quantize!r} freezes the matrices, so it needs LoRA: add --lora_rank=16')
 net = model.to(device)
-sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad >= trained) for trained in (False, True)]
-say('{} on {}: {:,} parameters, {:,} of them trained'.format(name[:-4], device, *sizes))
+say(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
+    f'{sum(p.numel() for p in model.parameters() if p.requires_grad):,} of them trained')
 if compile:
     model.compile(dynamic=True)  # in place: the names of the parameters stay
 if shard:
@@ -148,8 +151,6 @@ elif world > 1:
 
 # optimizer
 params = [p for p in model.parameters() if p.requires_grad]
-if decay not in ('all', 'matrices'):
-    raise UserError(f"decay={decay!r} is none of 'all', 'matrices'")
 groups = [{'params': params}]
 if decay == 'matrices':
     groups = [{'params': [p for p in params if p.dim() > 1]},
@@ -162,6 +163,7 @@ whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_p
 if last:
     set_state_dict(model, optimizer, model_state_dict=last['model'], optim_state_dict=last['optimizer'], options=whole)
     at = last['at']
+    del last
 step = first = at['step']
 rows_a_step = batch_size * gradient_accumulation_steps * world
 epoch, place = divmod(at['seen'], len(length))
@@ -202,15 +204,8 @@ def estimate_loss(split):
 
 def get_lr(step):
     done = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
-    if step < warmup_steps:
-        return learning_rate * (step + 1) / warmup_steps
-    elif schedule == 'constant':
-        return learning_rate
-    elif schedule == 'linear':
-        return learning_rate + done * (min_lr - learning_rate)
-    elif schedule == 'cosine':
-        return min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (learning_rate - min_lr)
-    raise UserError(f"schedule={schedule!r} is none of 'constant', 'cosine', 'linear'")
+    left = {'constant': 1.0, 'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+    return (min_lr + left * (learning_rate - min_lr)) * min(1, (step + 1) / max(1, warmup_steps))
 
 
 def show_answers():
