@@ -116,12 +116,12 @@ class Server:
         start = 'start it with: ollama serve' if ollama else 'start it, or set --judge_url'
         try:
             if ollama:
-                self.version = str(self.call('/api/version', waits=[0], timeout=10).get('version', ''))
-                models = {model['name']: model['digest'] for model in self.call('/api/tags', timeout=10)['models']}
+                self.version = str(self.call('/api/version', waits=[0]).get('version', ''))
+                models = {model['name']: model['digest'] for model in self.call('/api/tags')['models']}
             else:
                 # no server of this kind tells a digest: what a listing says of a model's weights stands in for it
                 models = {model['id']: digest({key: model.get(key) for key in ('root', 'meta', 'owned_by')})
-                          for model in self.call('/v1/models', waits=[0], timeout=10)['data']}
+                          for model in self.call('/v1/models', waits=[0])['data']}
         except Fault as fault:
             if fault.status in (401, 403):
                 start = 'set OPENAI_API_KEY to a key that it takes' if not ollama else start
