@@ -20,7 +20,7 @@ from ask import TRIES, Server, ask_all
 from config import UserError, configure
 from files import write_json
 from metrics import interval, paired, reference_metrics
-from report import judge_lines, metrics_lines, write_report
+from report import judge_lines, metrics_lines, summary_lines, write_report
 from rubric import (
     KNOWN,
     LIMITS,
@@ -202,6 +202,7 @@ if __name__ == '__main__':
         scores['faults'] = [found['fault'] for group in judged.values() for found in group if 'fault' in found]
         print('', *judge_lines(scores), sep='\n')
     scores['rows'] = results
+    print('', *summary_lines(scores, Path(out_dir, 'log.jsonl')), sep='\n')
     suffix = '' if judge_style == 'score' else '-' + judge_style
     write_json(Path(out_dir, f'scores{suffix}.json'), scores)
     write_report(Path(out_dir, f'report{suffix}.html'), scores, Path(out_dir, 'log.jsonl'))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from files import write_aside
-from rubric import KNOWN
+from rubric import KNOWN, answers, references, turns
 
 POINTS = 400  # of a curve at most: more than a screen shows
 
@@ -55,6 +55,19 @@ def metrics_lines(scores):
     sides = [side for side in ('run', 'baseline', 'difference') if any(side in found for found in table.values())]
     lines = [['', *sides]] + [[name, *(figure(found.get(side)) for side in sides)] for name, found in table.items()]
     return [f'{name:18}' + ''.join(f'{text:28}' for text in texts).rstrip() for name, *texts in lines] if sides else []
+
+
+def summary_lines(scores, log):
+    """-> val loss before and after, and five rows with their answers before and after."""
+    losses = [loss for _, loss in read_curves(log)['val']]
+    lines = [f'val loss: {losses[0]:.3f} before, {losses[-1]:.3f} after'] if len(losses) > 1 else []
+    for row in scores['rows'][:5]:
+        lines += ['', turns(row['row'])[0].replace('\n\n', '  ')]
+        for name, texts in (('reference', references(row['row'])), ('before', row['baseline'].get('replies', [])),
+                            ('after', answers(row['row']))):
+            text = ' '.join(' '.join(texts).split())
+            lines += [f'  {name:10}' + (text[:100] + ' ...' if len(text) > 100 else text)] if texts else []
+    return lines
 
 
 def judge_lines(scores):

@@ -146,6 +146,7 @@ def predict(model, name, about):
         for i, result in (pair for dicts in shares for one in dicts for pair in one.items()):
             results[i] |= result
         write_json(path, [{**row, **results[i]} for i, row in enumerate(rows)])
+        write_json(path.with_suffix('.about.json'), {'model': about, 'config': config})
         for part in out.glob(f'{path.stem}.part*'):
             part.unlink()
         stopped = sum(not result['truncated'] for result in results.values())

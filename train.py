@@ -333,11 +333,11 @@ while True:
     seconds = time.perf_counter() - began
     record(step=step, loss=loss, lr=group['lr'], supervised_tokens=n_supervised, tokens=n_tokens, seconds=seconds,
            grad_norm=norm.item())
-    line = f'loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm.item():.2f} | {n_tokens / seconds:.0f} tokens/s'
-    bar.set_postfix_str(line, refresh=False)
+    bar.set_postfix_str(f'loss {loss:.3f}, {n_tokens / seconds:.0f} tokens/s', refresh=False)
     bar.update()
     if bar.disable:
-        say(f'step {step}/{steps} | {line} | {seconds * 1000:.0f} ms')
+        say(f'step {step}/{steps} | loss {loss:.4f} | lr {group["lr"]:.2e} | norm {norm.item():.2f} | '
+            f'{n_tokens / seconds:.0f} tokens/s | {seconds * 1000:.0f} ms')
 bar.close()
 
 if not keep_best or at['best'] == math.inf:

@@ -264,8 +264,12 @@ def test_memory_does_not_grow_with_the_rows(data):
 
 def test_a_terminal_gets_a_bar(train, tmp_path):
     """Under a pseudo-terminal the steps are a bar with loss, tokens/s and time left, no line each."""
+    import fcntl
     import pty
+    import struct
+    import termios
     main, second = pty.openpty()
+    fcntl.ioctl(second, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=t', '--max_steps=30'],
                                cwd=tmp_path, stdout=second, stderr=second, stdin=subprocess.DEVNULL)
     os.close(second)
@@ -276,4 +280,4 @@ def test_a_terminal_gets_a_bar(train, tmp_path):
         except OSError:
             break
     assert process.wait() == 0
-    assert b'tokens/s' in shown and b'30/30' in shown and b'step 2/30 | loss' not in shown and b'val loss' in shown
+    assert b'tokens/s' in shown and b'30/30' in shown and b'step 2/30 |' not in shown and b'val loss' in shown

@@ -1,0 +1,127 @@
+"""LoRA and QLoRA: what is trained, that nothing changes at first, that merging changes nothing, what is refused."""
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from config import UserError
+from lora import LoRA, add_lora, load_adapter, plain_state, save_adapter
+from model import GPT, GPTConfig
+
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=300, block_size=64)
+IDS = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+KINDS = ['none', pytest.param('nf4', marks=pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='needs bitsandbytes'))]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+def trained(model):
+    """Fill A and B, as training would."""
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_step_0_is_the_base(model):
+    before = model(IDS)[0]
+    add_lora(model, 4, 8.0)
+    assert torch.equal(model(IDS)[0], before)
+
+
+def test_what_is_trained(model):
+    add_lora(model, 4, 8.0, targets='attn.c_attn, mlp.c_proj')
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names == [f'h.{i}.{matrix}.{part}' for i in range(2) for matrix in ('attn.c_attn', 'mlp.c_proj') for part in 'AB']
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * ((64 + 192) + (256 + 64))
+    model(IDS, IDS)[1].backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize('quantize', KINDS)
+def test_merged_is_the_same_function(model, quantize):
+    plain = model.state_dict()
+    order, before = list(plain), model(IDS)[0]
+    add_lora(model, 4, 8.0, targets='attn.c_proj,mlp.c_fc', quantize=quantize)
+    logits = trained(model)(IDS)[0]
+    merged = GPT(CONFIG)
+    merged.load_state_dict(plain_state(model))
+    torch.testing.assert_close(merged(IDS)[0], logits, rtol=1e-5, atol=1e-5)
+    assert list(plain_state(model)) == order and (logits - before).abs().max() > 0.01
+
+
+def test_an_independent_computation(model):
+    """W + alpha / rank B A, by hand."""
+    weight = model.h[0].mlp.c_fc.weight.detach().clone()
+    add_lora(model, 4, 8.0)
+    trained(model)
+    layer = model.h[0].mlp.c_fc
+    assert isinstance(layer, LoRA)
+    x = torch.randn(3, 64)
+    expected = x @ (weight + 2.0 * layer.B @ layer.A).T + layer.base.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_serves_it(model):
+    add_lora(model, 4, 8.0)
+    trained(model)
+    merged = GPT(CONFIG)
+    merged.load_state_dict(plain_state(model))
+    prompts = [[1, 2, 3], [1, 2, 9, 8, 7]]
+    assert model.generate(prompts, 10, eos=-1) == merged.generate(prompts, 10, eos=-1)
+
+
+def test_adapter_round_trip(model, tmp_path):
+    from dataclasses import asdict
+    base = {name: p.clone() for name, p in model.state_dict().items()}
+    add_lora(model, 4, 8.0, targets='attn.c_attn')
+    logits = trained(model)(IDS)[0]
+    save_adapter(model, tmp_path / 'adapter.safetensors', {'model': asdict(CONFIG), 'init_from': 'somewhere'})
+    again = GPT(CONFIG)
+    again.load_state_dict(base)
+    load_adapter(again, tmp_path / 'adapter.safetensors')
+    assert torch.equal(again(IDS)[0], logits)
+    with pytest.raises(UserError, match='fits somewhere'):
+        load_adapter(GPT(GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=300, block_size=64)), tmp_path / 'adapter.safetensors')
+    (tmp_path / 'adapter.safetensors').write_bytes(b'<xml>')
+    with pytest.raises(UserError, match='is not an adapter'):
+        load_adapter(again, tmp_path / 'adapter.safetensors')
+
+
+@pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='needs bitsandbytes')
+def test_nf4_trains_in_4_bits(model):
+    before = model(IDS)[0]
+    add_lora(model, 4, 8.0, quantize='nf4')
+    matrices = [layer.base.weight for layer in model.modules() if isinstance(layer, LoRA)]
+    assert all(weight.dtype == torch.uint8 and not weight.requires_grad for weight in matrices) and len(matrices) == 8
+    assert 0 < (model(IDS)[0] - before).abs().max() < 0.5
+    first = model(IDS, IDS)[1].item()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        model.eval()
+        model(IDS)  # evaluation between steps leaves the layers trainable
+        model.train()
+        optimizer.zero_grad()
+        loss = model(IDS, IDS)[1]
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first - 0.1
+
+
+def test_without_the_package_one_line_says_what_to_install(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
+    monkeypatch.setitem(sys.modules, 'bitsandbytes.nn', None)
+    with pytest.raises(UserError, match='pip install bitsandbytes=='):
+        add_lora(model, 4, 8.0, quantize='nf4')
+
+
+@pytest.mark.parametrize('kwargs', [{'targets': 'wte'}, {'quantize': 'int8'}])
+def test_mistakes_are_named(model, kwargs):
+    with pytest.raises(UserError, match=next(iter(kwargs.values()))):
+        add_lora(model, 4, 8.0, **kwargs)
