@@ -113,7 +113,9 @@ class GPT(nn.Module):
 
     def hidden(self, idx, positions, attends):
         """idx and positions (B, T), an attention function a block -> states before ln_f (B, T, C)."""
-        x = self.drop(self.wte(idx) + self.wpe(positions))
+        # sparse: its gradient is added to the output layer's in place, instead of as a second tensor of wte's size
+        tokens = F.embedding(idx, self.wte.weight, sparse=idx.device.type == 'cpu')
+        x = self.drop(tokens + self.wpe(positions))
         for block, attend in zip(self.h, attends):
             x = block(x, attend)
         return x

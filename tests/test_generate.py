@@ -185,3 +185,20 @@ def test_model_is_left_as_it_was(model, prompts):
         dropout.generate(prompts, NEW, eos=-1, on_done=stop)
     assert dropout.training
     dropout(torch.tensor(prompts[:1]))[0].sum().backward()  # training goes on
+
+
+def test_embedding_gradient_is_the_dense_one(model, prompts, monkeypatch):
+    """wte's two gradients, as embedding and as output layer, meet in one dense tensor; over two micro-batches too."""
+    ids = torch.tensor([prompts[3], prompts[3][::-1]])
+    gradients = []
+    dense = torch.nn.functional.embedding
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(torch.nn.functional, 'embedding', lambda ids, weight, *_, **__: dense(ids, weight))
+        other = GPT(model.config)
+        other.load_state_dict(model.state_dict())
+        for row in ids:
+            other(row[None, :-1], row[None, 1:])[1].backward()
+        gradients.append(other.wte.weight.grad)
+    assert not gradients[0].is_sparse
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
