@@ -1,8 +1,8 @@
 """
 Score the predictions that sample.py wrote: reference metrics always, and a language model's judgement of every answer.
 
-    python judge.py --out_dir=out
-    python judge.py --judge=reference
+    python judge.py config/sft_medium.py
+    python judge.py config/sft_medium.py --judge=reference
     python judge.py --judge=openai --judge_url=http://127.0.0.1:8000 --judge_model=some-model
     python judge.py --judge_style=mtbench --predictions=out/question-answers.json
 

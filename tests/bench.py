@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import prepare  # noqa: E402
+from batch import IGNORE, make_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 SHAPES = {  # layers, heads, width
@@ -114,7 +115,7 @@ def batches(train, form, rows=8, count=3):
     if form == 'packed':
         meta = meta | {'shared_prefix': 0}
     packing = form in ('packed', 'prefix')
-    return [[torch.from_numpy(a) for a in prepare.make_batch((ids, meta), numbers, packing)]
+    return [[torch.from_numpy(a) for a in make_batch((ids, meta), numbers, packing)]
             for numbers in choose(meta, rows * count).reshape(count, rows)]
 
 
@@ -126,7 +127,7 @@ def stepper(model, optimizer, batches, form):
         ids, targets, positions, segments = batches[next(turn) % len(batches)]
         if form == 'plain':
             logits, _ = model(ids)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=prepare.IGNORE)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         elif form == 'padded':
             _, loss = model(ids, targets)
         else:
@@ -141,7 +142,7 @@ def stepper(model, optimizer, batches, form):
 def useful_flops(model, batches):
     """-> mean FLOPs of a step: 6 x weights x positions of the batches, the output layer's at supervised positions alone."""
     layers = sum(p.numel() for p in model.h.parameters() if p.dim() == 2)
-    needed = [layers * int((segments >= 0).sum()) + model.wte.weight.numel() * int((targets != prepare.IGNORE).sum())
+    needed = [layers * int((segments >= 0).sum()) + model.wte.weight.numel() * int((targets != IGNORE).sum())
               for _, targets, _, segments in batches]
     return 6 * statistics.mean(needed)
 
@@ -284,7 +285,7 @@ def bench_prepare(args, data):
     seconds = race({'rows': lambda: prepare.encode_rows(rows, 1024)}, 3)['rows']
     table('prepare', ('what', 'rows/s'), [('prompts and answers to ids', f'{len(rows) / seconds:,.0f}')])
     numbers = torch.randperm(data[0][1]['examples'])[:8].numpy()
-    seconds = race({'batch': lambda: prepare.make_batch(data[0], numbers)}, 50)['batch']
+    seconds = race({'batch': lambda: make_batch(data[0], numbers)}, 50)['batch']
     print(f'\na batch of 8 rows: {seconds * 1e3:.2f} ms')
 
 
