@@ -8,9 +8,11 @@ Answer the test split with the fine-tuned model and with the one it came from; o
 """
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch; spinning threads crawl on a machine that is shared
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
