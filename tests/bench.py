@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import gc
 import io
+import itertools
 import json
 import os
 import platform
@@ -121,10 +122,10 @@ def batches(train, form, rows=8, count=3):
 
 def stepper(model, optimizer, batches, form):
     """-> a function that does the next step of training in one of FORMS."""
-    turn = iter(range(10 ** 9))
+    turns = itertools.cycle(batches)
 
     def step():
-        ids, targets, positions, segments = batches[next(turn) % len(batches)]
+        ids, targets, positions, segments = next(turns)
         if form == 'plain':
             logits, _ = model(ids)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
