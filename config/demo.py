@@ -1,5 +1,5 @@
 """
-A small GPT from scratch learns seventeen families of tasks, in a minute or two on two cores.
+A small GPT from scratch learns seventeen families of tasks, on two cores.
 
     python data/make_demo.py              # only to write the rows anew
     python prepare.py config/demo.py
@@ -27,7 +27,7 @@ warmup_steps = 100
 weight_decay = 0.1
 grad_clip = 1.0
 seed = 123
-eval_interval = 200
+eval_interval = 600  # with eval_iters = 0 an evaluation reads all of train too
 eval_iters = 0
 max_new_tokens = 24
 judge = 'reference'

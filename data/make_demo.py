@@ -4,7 +4,7 @@ Write the rows of the demo, data/demo.json, and a family of tasks held back from
     python data/make_demo.py
 
 The rows are made of a small vocabulary, so that a network of a few million weights meets each word often enough to learn
-it in a minute. It is tested on sentences and lists that it has not met, and on words asked for in another wording.
+it in minutes. It is tested on sentences and lists that it has not met, and on words asked for in another wording.
 """
 import json
 import random
