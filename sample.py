@@ -8,11 +8,12 @@ Answer the test split with the fine-tuned model and with the one it came from; o
 """
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch; spinning threads crawl on a machine that is shared
+import cpu  # noqa: F401
+
+# isort: split (torch comes after)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm

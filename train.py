@@ -7,15 +7,15 @@ Instruction-tune GPT-2: response-only loss, evaluation, checkpoints. One process
 """
 import json
 import math
-import os
 import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
+import cpu  # noqa: F401
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # before torch; spinning threads crawl on a machine that is shared
+# isort: split (torch comes after)
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
