@@ -11,9 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-import cpu  # noqa: F401
-
-# isort: split (torch comes after)
+import cpu  # noqa: F401 (before torch)
 import torch
 import torch.distributed as dist
 from tqdm import tqdm

@@ -12,9 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import cpu  # noqa: F401
-
-# isort: split (torch comes after)
+import cpu  # noqa: F401 (before torch)
 import numpy as np
 import torch
 import torch.distributed as dist
