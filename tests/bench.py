@@ -25,11 +25,12 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cpu  # noqa: E402, F401, I001 (before torch, as in the stages)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
 import prepare  # noqa: E402
 from batch import IGNORE, make_batch  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -198,7 +199,7 @@ def bench_train(args, data):
     steps = {form: stepper(model, optimizer, given[form], form) for form in FORMS}
     run_trl = trl(args.size, train) if find_spec('trl') and not args.quick else None
     turns, peaks, theirs = [], [], []
-    for _ in range(1 if args.quick else 3):
+    for _ in range(1 if args.quick else args.turns):
         peaks.append(sgemm_peak())
         turns.append(race(steps, 1 if args.quick else 3))
         theirs += run_trl() if run_trl else []
@@ -263,7 +264,7 @@ def bench_generate(args, data):
         for batch in (16, 32, 110):
             name = f'transformers, batches of {batch}'
             cases[name] = lambda batch=batch, name=name: answers.update({name: peer_generate(theirs, prompts, new, batch)})
-    times = race(cases, 1 if args.quick else 3, warm=False)
+    times = race(cases, 1 if args.quick else args.turns, warm=False)
     made = sum(map(len, answers['ours']))
     if eos == -1:
         times['one at a time without a cache'] *= len(prompts) / len(few)
@@ -359,6 +360,7 @@ def main():
     parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
+    parser.add_argument('--turns', type=int, default=3, help='times that peers are measured')
     parser.add_argument('--quick', action='store_true', help='a tiny model, few turns, no peers')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -367,10 +369,10 @@ def main():
     child.data = args.data
     if args.child:
         return run_child(data, *args.child.split(','))
-    cpu = platform.processor()
+    processor = platform.processor()
     if Path('/proc/cpuinfo').exists():
-        cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
-    print(f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+        processor = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
+    print(f'{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
           f'{platform.platform()}; sgemm 2048³ {sgemm_peak() / 1e9:.0f} GFLOP/s')
     for section in args.only.split(','):
         SECTIONS[section](args, data)

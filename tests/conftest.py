@@ -33,7 +33,7 @@ ENV = os.environ | {'OMP_NUM_THREADS': '1'}  # tests run beside each other; and 
 
 def stage(folder, *command, code=0, env=None, timeout=120):
     """Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the code."""
-    command = [sys.executable, *(ROOT / arg if (ROOT / arg).is_file() else arg for arg in map(str, command))]
+    command = [sys.executable, *(ROOT / arg if arg.endswith('.py') and (ROOT / arg).is_file() else arg for arg in map(str, command))]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
                              env=ENV | (env or {}))
     assert process.returncode == code, process.stdout + process.stderr

@@ -22,9 +22,10 @@ NAME = 'gpt2-2x32-sft'
 
 
 @pytest.fixture
-def train(run, prepared, tmp_path):
+def train(run, prepared, tmp_path, monkeypatch):
     """train(flag, ..., out='a', processes=1, code=0) -> the records of the run's log, after train.py ended with code."""
     shutil.copytree(prepared / 'data', tmp_path / 'data')
+    monkeypatch.chdir(tmp_path)  # where read_split looks
 
     def train(*flags, out='a', processes=1, **kwargs):
         launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
@@ -53,7 +54,6 @@ def test_a_run(train, tmp_path):
     assert [r['step'] for r in records if 'val_loss' in r] == [0, 4] and [r['step'] for r in steps(records)] == [1, 2, 3, 4]
     assert set(records[1]) == {'step', 'loss', 'lr', 'supervised_tokens', 'tokens', 'seconds', 'grad_norm'}
     # chapter 7's way: a row at a time, full logits, all parameters in one AdamW
-    os.chdir(tmp_path)
     data = {split: read_split('tiny', split) for split in ('train', 'val')}
     torch.manual_seed(123)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128))
