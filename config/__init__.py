@@ -54,6 +54,7 @@ def configure(stage):
     if stage['__name__'] != '__main__':
         return {key: stage[key] for key in own}
     sys.excepthook = end_in_one_line
+    sys.stdout.reconfigure(errors='backslashreplace')  # rows may hold what a terminal cannot show
     if {'-h', '--help'} & set(argv):
         rows = [f'  --{key}={default!r}'.ljust(44) + comment for key, (default, comment) in own.items()]
         print(stage['__doc__'].strip(), '', *rows, sep='\n')
