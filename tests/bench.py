@@ -26,13 +26,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import cpu  # noqa: E402, F401, I001 (before torch, as in the stages)
+if '--as-torch-comes' not in sys.argv:
+    import cpu  # noqa: E402, F401 (before torch, as in the stages)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import prepare  # noqa: E402
 from batch import IGNORE, make_batch  # noqa: E402
+from lora import add_lora  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 SHAPES = {  # layers, heads, width
@@ -42,7 +44,6 @@ FORMS = {
     'plain': 'padded, full logits', 'padded': 'padded, logits of answers only', 'packed': 'packed',
     'prefix': 'packed, the shared prefix once',
 }
-MALLOC = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(1 << 40)}
 
 
 def table(title, header, rows):
@@ -119,6 +120,12 @@ def batches(train, form, rows=8, count=3):
     packing = form in ('packed', 'prefix')
     return [[torch.from_numpy(a) for a in make_batch((ids, meta), numbers, packing)]
             for numbers in choose(meta, rows * count).reshape(count, rows)]
+
+
+def tokens(train, rows=8, count=3):
+    """-> the number of tokens in the rows of each of batches()."""
+    _, meta = train
+    return (meta['end'] - meta['start'])[choose(meta, rows * count)].reshape(count, rows).sum(1).tolist()
 
 
 def stepper(model, optimizer, batches, form):
@@ -297,6 +304,10 @@ def bench_load(args, data):
         subprocess.run([sys.executable, script] + ['--quick'] * args.quick, check=True)
 
 
+def bench_judge(args, data):
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_judge.py')], check=True)
+
+
 def bench_growth(args, data):
     def rows_of(cases):
         results = [(name, child('step', *more)) for name, *more in cases]
@@ -316,42 +327,58 @@ def bench_growth(args, data):
         (n, two(s)) for n, s in seconds.items()])
 
 
-def bench_malloc(args, data):
-    """What glibc's settings change: the same child with and without them, in turns."""
+def bench_cpu(args, data):
+    """What cpu.py changes: the same child with and without it, in turns."""
     rows = []
     for what, more in (('step', 'prefix'), ('generate', 12 if args.quick else 110)):
-        turns = [(child(what, args.size, more), child(what, args.size, more, env=MALLOC))
-                 for _ in range(1 if args.quick else 2)]
-        for name, results in zip(('as it is', 'kept and in huge pages'), zip(*turns)):
+        turns = [(child(what, args.size, more, flags=['--as-torch-comes']), child(what, args.size, more))
+                 for _ in range(1 if args.quick else args.turns)]
+        for name, results in zip(('as torch comes', 'with cpu.py'), zip(*turns)):
             rows.append((what, name, two(statistics.median(r['seconds'] for r in results)), two(results[0]['peak'] / 1e9)))
-    table(f"glibc's memory, {args.size}", ('what', 'memory', 's', 'peak GB'), rows)
+    table(f'cpu.py, {args.size}', ('what', 'settings', 's', 'peak GB'), rows)
 
 
-def child(what, size, *more, env=None):
+def bench_lora(args, data):
+    """All weights, LoRA and QLoRA: steps of 8 rows, each in a process of its own."""
+    rows = []
+    for name, quantize in (('all weights', ''), ('LoRA, rank 16', 'none'), ('QLoRA, rank 16', 'nf4')):
+        if quantize == 'nf4' and not find_spec('bitsandbytes'):
+            continue
+        found = child('step', args.size, 'prefix', 8, *[quantize] * bool(quantize))
+        rows.append((name, f'{found["trained"]:,}', two(found['seconds']), f'{found["tokens"] / found["seconds"]:.0f}',
+                     two(found['peak'] / 1e9)))
+    table(f'full, LoRA, QLoRA: {args.size}, 8 rows a step', ('trained', 'parameters', 's', 'tokens/s', 'peak GB'), rows)
+
+
+def child(what, size, *more, flags=()):
     """-> {'seconds': median, 'peak': bytes} of one thing in a process of its own, on the same data."""
     command = [sys.executable, __file__, f'--data={child.data}', f'--child={",".join(map(str, (what, size, *more)))}']
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | (env or {})).stdout
+    out = subprocess.run([*command, *flags], check=True, capture_output=True, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
 def run_child(data, what, size, *more):
     if what == 'step':
         form, rows = more[0], int(more[1]) if more[1:] else 8
-        model = build(size)
-        step = stepper(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), batches(data[0], form, rows), form)
-        seconds = race({'': step}, 3)['']
+        model, given = build(size), batches(data[0], form, rows)
+        if more[2:]:
+            add_lora(model, 16, 16.0, quantize=more[2])
+        params = [p for p in model.parameters() if p.requires_grad]
+        about = {'trained': sum(p.numel() for p in params), 'tokens': statistics.mean(tokens(data[0], rows))}
+        seconds = race({'': stepper(model, torch.optim.AdamW(params, lr=1e-5, fused=True), given, form)}, 5)['']
     elif what == 'generate':
+        about = {}
         model, prompts = build(size).eval(), test_prompts(data[1], int(more[0]))
         seconds = race({'': lambda: model.generate(prompts, 24, eos=-1)}, 1)['']
     else:
         raise ValueError(what)
     # not ru_maxrss, which on Linux begins with the parent's
     peak = int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
-    print(json.dumps({'seconds': seconds, 'peak': peak}))
+    print(json.dumps({'seconds': seconds, 'peak': peak, **about}))
 
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
-            'growth': bench_growth, 'malloc': bench_malloc}
+            'growth': bench_growth, 'lora': bench_lora, 'cpu': bench_cpu, 'judge': bench_judge}
 
 
 def main():
@@ -362,6 +389,7 @@ def main():
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
     parser.add_argument('--turns', type=int, default=3, help='times that peers are measured')
     parser.add_argument('--quick', action='store_true', help='a tiny model, few turns, no peers')
+    parser.add_argument('--as-torch-comes', action='store_true', help='without the settings of cpu.py')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.size = args.size or ('tiny' if args.quick else 'medium')
