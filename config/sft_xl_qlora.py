@@ -1,5 +1,6 @@
 """
-GPT-2 XL (1.5B) with QLoRA: the frozen matrices in 4 bits, so weights and optimizer take less than 3 GB.
+GPT-2 XL (1.5B) with QLoRA: the frozen matrices in 4 bits, so weights and optimizer take 1.3 GB
+(and 7 GB while the fp32 weights are loaded and packed).
 
     pip install bitsandbytes==0.50.2
     python prepare.py config/sft_xl_qlora.py
