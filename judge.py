@@ -57,6 +57,7 @@ judge_backoff = 1.0  # seconds before a failed request is sent again; doubled ea
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
+
 def read_predictions(path):
     """-> the rows of a file of predictions, or of answers to questions. UserError if one lacks what the judge needs."""
     try:

@@ -53,8 +53,8 @@ config = configure(globals())
 
 device, autocast, rank, world = start_machine(device, dtype)
 out = Path(out_dir)
-
-
+if max_new_tokens < 1 or temperature < 0 or top_k < 0:
+    raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
 
 
 def find_run():
@@ -109,7 +109,7 @@ def predict(model, name, about):
     data = read_split(dataset, 'test')
     rows, path = data[1]['rows'], out / name
     settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
-    key = hashlib.sha256(json.dumps([about, settings, data[1]['sha256'], len(rows)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([about, vars(model.config), settings, rows]).encode()).hexdigest()
     parts, done = sorted(out.glob(f'{path.stem}.part*')), {}
     for part in parts:
         for line in part.read_text().splitlines():

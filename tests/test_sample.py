@@ -96,6 +96,7 @@ def test_an_untrained_checkpoint_answers(trained, tmp_path):
     """--init_from=<a path> with no run at all; and with a run, another model than it came from."""
     stage(tmp_path, 'sample.py', '--out_dir=none', f'--init_from={trained / "a"}', '--prompt=Hello', '--max_new_tokens=3')
     stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=absent', '--prompt=Hello', code=2)
+    stage(tmp_path, 'sample.py', '--max_new_tokens=0', '--prompt=Hello', code=2)
     shown = stage(tmp_path, 'sample.py', f'--out_dir={trained / "a"}', f'--init_from={trained / "a" / "gpt2-2x32-sft.pth"}',
                   '--prompt=Hello', '--max_new_tokens=3')
     assert 'before fine-tuning' in shown.stdout
