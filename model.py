@@ -28,6 +28,7 @@ CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp3
 PACK = 1024  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
 SLOTS = 256  # rows it works on at once, at most
+FEW = 512  # positions, below which oneDNN multiplies faster than MKL on a CPU
 SPAN = 32  # positions, or rows, whose attention is one product, on a CPU: what is masked there is work for nothing
 
 
@@ -48,6 +49,20 @@ class GPTConfig:
         return sizes.get((self.n_layer, self.n_embd), f'gpt2-{self.n_layer}x{self.n_embd}')
 
 
+def linear(x, weight, bias=None):
+    """F.linear, and for the few positions of a step of generation on a CPU what torch.compile would make of it."""
+    few = x.device.type == 'cpu' and x.numel() <= FEW * x.size(-1) and torch.is_inference_mode_enabled()
+    if few and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -55,24 +70,24 @@ class CausalSelfAttention(nn.Module):
         if config.n_embd % config.n_head:
             raise UserError(f'n_embd={config.n_embd} must be a multiple of n_head={config.n_head}')
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, attend):
+    def forward(self, x, attend, keep):
         B, T, C = x.shape
         # three contiguous blocks, heads contiguous inside each
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C/H)
                    for part in self.c_attn(x).split(C, dim=2))
         y = attend(q, k, v)  # (B, H, T, C/H)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)[keep])
 
 
 class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # OpenAI's GELU; erf moves logits by 4e-4
@@ -88,9 +103,25 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, attend):
-        x = x + self.drop(self.attn(self.ln_1(x), attend))
+    def forward(self, x, attend, keep):
+        x = x[keep] + self.drop(self.attn(self.ln_1(x), attend, keep))
         return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """
+    wte (vocab, C) and ids (B, T) -> the ids' rows (B, T, C), and wte for the output layer. The rows' gradient is added to
+    the output layer's in place: left to itself, autograd makes a second tensor of wte's size of it, and a third of both.
+    """
+
+    @staticmethod
+    def forward(ctx, wte, idx):
+        ctx.save_for_backward(idx)
+        return F.embedding(idx, wte), wte.view_as(wte)
+
+    @staticmethod
+    def backward(ctx, grad, grad_wte):
+        return grad_wte.index_put_(ctx.saved_tensors, grad, accumulate=True), None
 
 
 class GPT(nn.Module):
@@ -111,13 +142,12 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * config.n_layer) if 'c_proj' in name else 0.01 if 'wpe' in name else 0.02
                 nn.init.normal_(p, std=std)
 
-    def hidden(self, idx, positions, attends):
-        """idx and positions (B, T), an attention function a block -> states before ln_f (B, T, C)."""
-        # sparse: its gradient is added to the output layer's in place, instead of as a second tensor of wte's size
-        tokens = F.embedding(idx, self.wte.weight, sparse=idx.device.type == 'cpu')
+    def hidden(self, tokens, positions, attends, keep):
+        """Embedded tokens (B, T, C), positions (B, T), an attention function a block -> states[keep] before ln_f."""
         x = self.drop(tokens + self.wpe(positions))
         for block, attend in zip(self.h, attends):
-            x = block(x, attend)
+            # of the last block the others give keys and values, and nothing more is needed of them
+            x = block(x, attend, keep if block is self.h[-1] else ...)
         return x
 
     def forward(self, idx, targets=None, positions=None, segments=None, denominator=0, each=False):
@@ -141,12 +171,13 @@ class GPT(nn.Module):
         def attend(q, k, v):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
 
-        x = self.hidden(idx, positions, [attend] * len(self.h))
+        tokens, weight = TiedEmbedding.apply(self.wte.weight, idx)
+        keep = ... if targets is None else (targets != IGNORE).nonzero(as_tuple=True)
+        x = self.ln_f(self.hidden(tokens, positions, [attend] * len(self.h), keep))
         if targets is None:
-            return F.linear(self.ln_f(x), self.wte.weight), None
+            return F.linear(x, weight), None
         # logits of prompts and pads are never made, and those of many targets not all at once
-        keep = targets != IGNORE
-        x, targets, weight = self.ln_f(x[keep]), targets[keep], self.wte.weight
+        targets = targets[keep]
         if each:
             return None, F.linear_cross_entropy(x, weight, targets, reduction='none')
         if len(targets) > CHUNK and torch.is_autocast_enabled(x.device.type):
@@ -355,8 +386,8 @@ class Cache:
             return attend(i, q, k, v)
 
         attends = [functools.partial(attend_block, i) for i in range(len(self.own))]
-        x = self.model.hidden(ids[None], self.P + at[None], attends)
-        return F.linear(self.model.ln_f(x[0, last]), self.model.wte.weight)
+        x = self.model.hidden(self.model.wte(ids[None]), self.P + at[None], attends, (0, last))
+        return linear(self.model.ln_f(x), self.model.wte.weight)
 
 
 def pick(logits, temperature, top_k, uniform):

@@ -7,11 +7,13 @@ Instruction-tune GPT-2: response-only loss, evaluation, checkpoints. One process
 """
 import json
 import math
+import os
 import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # torch puts large tensors in huge pages
 import cpu  # noqa: F401 (before torch)
 import numpy as np
 import torch

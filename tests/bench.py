@@ -5,12 +5,12 @@ Every performance figure that the README quotes, as Markdown tables; with peers,
     python tests/bench.py --quick                        # under a minute
     python tests/bench.py --only=train,generate --size=small
 
-Weights are random: time does not depend on them. What is compared runs in turns, A B C A B C, and the median is shown;
-peak memory is that of a process which does nothing else. Linux (peak memory is read from /proc).
+Weights are random: time does not depend on them. What is compared runs in turns, A B C A B C, each in a process of its own,
+and the median is shown; x is the time relative to ours. Peers run both as torch comes, which is how their users run them,
+and with the settings of cpu.py, which are ours. Linux (peak memory is read from /proc).
 """
 import argparse
 import contextlib
-import gc
 import io
 import itertools
 import json
@@ -44,6 +44,9 @@ FORMS = {
     'plain': 'padded, full logits', 'padded': 'padded, logits of answers only', 'packed': 'packed',
     'prefix': 'packed, the shared prefix once',
 }
+
+
+AS_TORCH_COMES = '--as-torch-comes',  # without the settings of cpu.py
 
 
 def table(title, header, rows):
@@ -149,16 +152,20 @@ def stepper(model, optimizer, batches, form):
 
 
 def useful_flops(model, batches):
-    """-> mean FLOPs of a step: 6 x weights x positions of the batches, the output layer's at supervised positions alone."""
+    """
+    -> mean FLOPs of a step: 6 x weights x positions of the batches; of the supervised ones alone for the output layer, and for
+    what the last block has beside keys and values.
+    """
     layers = sum(p.numel() for p in model.h.parameters() if p.dim() == 2)
-    needed = [layers * int((segments >= 0).sum()) + model.wte.weight.numel() * int((targets != IGNORE).sum())
-              for _, targets, _, segments in batches]
-    return 6 * statistics.mean(needed)
+    late = layers / len(model.h) * 10 / 12 + model.wte.weight.numel()
+    early = layers * (1 - 10 / 12 / len(model.h))
+    return 6 * statistics.mean(early * int((segments >= 0).sum()) + late * int((targets != IGNORE).sum())
+                               for _, targets, _, segments in batches)
 
 
-def trl(size, train, steps=4):
-    """-> a function that takes `steps` steps of 8 of the same rows with TRL's SFTTrainer -> the seconds of all but one."""
-    os.environ['HF_HUB_OFFLINE'] = '1'
+def trl(size, train, steps=6):
+    """`steps` steps of 8 of the same rows with TRL's SFTTrainer -> the seconds of each."""
+    os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
     from datasets import Dataset
     from transformers import GPT2TokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -182,13 +189,9 @@ def trl(size, train, steps=4):
         logging_strategy='no', disable_tqdm=True)
     trainer = SFTTrainer(peer(config_of(size)), args=options, train_dataset=Dataset.from_list(rows),
                          processing_class=tokenizer, callbacks=[Clock()])
-
-    def run():
-        seconds.clear()
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train()
-        return seconds[1:]
-    return run
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    return seconds
 
 
 def peer(config):
@@ -198,32 +201,38 @@ def peer(config):
                                       resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
+def compare(cases, turns):
+    """{name: (arguments of child)} -> {name: (median seconds, GB, the last result)}, measured in turns."""
+    results = {name: [] for name in cases}
+    for _ in range(turns):
+        for name, (arguments, flags) in cases.items():
+            results[name].append(child(*arguments, flags=flags))
+    return {name: (statistics.median(r['seconds'] for r in found), statistics.median(r['peak'] for r in found) / 1e9, found[-1])
+            for name, found in results.items()}
+
+
 def bench_train(args, data):
-    train, _ = data
-    model = build(args.size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    given = {form: batches(train, form) for form in FORMS}
-    steps = {form: stepper(model, optimizer, given[form], form) for form in FORMS}
-    run_trl = trl(args.size, train) if find_spec('trl') and not args.quick else None
-    turns, peaks, theirs = [], [], []
-    for _ in range(1 if args.quick else args.turns):
-        peaks.append(sgemm_peak())
-        turns.append(race(steps, 1 if args.quick else 3))
-        theirs += run_trl() if run_trl else []
-    seconds = {form: statistics.median(turn[form] for turn in turns) for form in FORMS}
-    flops, peak = useful_flops(model, given['prefix']), statistics.median(peaks)
-    del model, optimizer, steps, run_trl  # the children below want their memory
-    gc.collect()
-    rows = []
-    for form, name in FORMS.items():
-        positions, memory = statistics.mean(b[0].numel() for b in given[form]), child('step', args.size, form)['peak'] / 1e9
-        rows.append((name, f'{positions:.0f}', two(seconds[form]), two(seconds[form] / seconds['prefix']), two(memory)))
-    if theirs:
-        median = statistics.median(theirs)
-        rows.insert(0, ('TRL SFTTrainer, completion-only', '', two(median), two(median / seconds['prefix']), ''))
-    table(f'a step of training: {args.size}, 8 rows, fp32', ('form', 'positions', 's', 'x', 'peak GB'), rows)
-    rate = flops / seconds['prefix']
-    print(f'\nuseful: {rate / 1e9:.0f} GFLOP/s, {rate / peak:.0%} of the {peak / 1e9:.0f} of sgemm 2048³ in the same run')
+    train, turns = data[0], 1 if args.quick else args.turns
+    cases = {(form, ''): (('step', args.size, form), ()) for form in FORMS}
+    if not args.quick:
+        cases['plain', 'raw'] = ('step', args.size, 'plain'), AS_TORCH_COMES
+    if find_spec('trl') and not args.quick:
+        cases |= {('trl', ''): (('trl', args.size), ()), ('trl', 'raw'): (('trl', args.size), AS_TORCH_COMES)}
+    found = compare(cases, turns)
+    ours, rows = found['prefix', ''][0], []
+    for form, name in ({'trl': 'TRL SFTTrainer, completion-only'} | FORMS).items():
+        if (form, '') in found:
+            seconds, memory, _ = found[form, '']
+            positions = f'{statistics.mean(b[0].numel() for b in batches(train, form)):.0f}' if form in FORMS else ''
+            raw = found.get((form, 'raw'))
+            rows.append((name, positions, two(seconds), two(seconds / ours), two(memory),
+                         *((two(raw[0]), two(raw[0] / ours)) if raw else ('', ''))))
+    table(f'a step of training: {args.size}, 8 rows, fp32',
+          ('form', 'positions', 's', 'x', 'peak GB', 's as torch comes', 'x'), rows)
+    result = found['prefix', ''][2]
+    rate = result['flops'] / ours
+    print(f'\nuseful: {rate / 1e9:.0f} GFLOP/s, {rate / result["sgemm"]:.0%} of the {result["sgemm"] / 1e9:.0f} of sgemm 2048³ '
+          'in the same process')
 
 
 # --- generation
@@ -253,36 +262,32 @@ def uncached(model, prompts, new):
 
 
 def bench_generate(args, data):
-    prompts, new = test_prompts(data[1], 12 if args.quick else 110), 8 if args.quick else 24
-    model, eos = build(args.size).eval(), -1
-    if args.model:
-        model, new, eos = GPT.from_pretrained(args.model).eval(), 256, prepare.EOS
-    answers = {}
-    few = sorted(prompts, key=len)[len(prompts) // 2:][:1 if args.quick else 3]  # of median length, scaled up
-    cases = {'generate': lambda: answers.update(ours=model.generate(prompts, new, eos=eos))}
-    if eos == -1:
-        cases['one at a time without a cache'] = lambda: uncached(model, few, new)
+    count = 12 if args.quick else 110
+    name = args.model or args.size
+    cases = {('model.generate', ''): (('generate', name, count), ())}
     if find_spec('transformers') and not args.quick:
-        theirs = peer(model.config).eval()
-        theirs.generation_config.eos_token_id = None if eos == -1 else eos
-        weights = {f'transformer.{k}': v.t() if v.dim() == 2 and k.startswith('h.') else v
-                   for k, v in model.state_dict().items()}
-        theirs.load_state_dict(weights | {'lm_head.weight': model.wte.weight})
         for batch in (16, 32, 110):
-            name = f'transformers, batches of {batch}'
-            cases[name] = lambda batch=batch, name=name: answers.update({name: peer_generate(theirs, prompts, new, batch)})
-    times = race(cases, 1 if args.quick else args.turns, warm=False)
-    made = sum(map(len, answers['ours']))
-    if eos == -1:
-        times['one at a time without a cache'] *= len(prompts) / len(few)
-    rows = [(name, two(seconds), f'{made / seconds:.1f}', two(seconds / times['generate']),
-             sum(a == b[:len(a)] for a, b in zip(answers['ours'], answers[name])) if name in answers else '')
-            for name, seconds in times.items()]
-    length = f'{new} new tokens each' if eos == -1 else f'{made / len(prompts):.1f} new tokens on average'
-    table(f'generation: {args.model or args.size}, {len(prompts)} test prompts, {length}, greedy, fp32',
-          ('how', 's', 'tokens/s', 'x', 'equal answers'), rows)
+            case = f'transformers, batches of {batch}'
+            cases |= {(case, ''): (('transformers', name, count, batch), ()),
+                      (case, 'raw'): (('transformers', name, count, batch), AS_TORCH_COMES)}
     if not args.model:
-        print(f'\npeak memory of generate: {two(child("generate", args.size, len(prompts))["peak"] / 1e9)} GB')
+        case = 'one at a time, without a cache'
+        cases[case, ''] = ('uncached', name, count), ()
+        if not args.quick:
+            cases[case, 'raw'] = ('uncached', name, count), AS_TORCH_COMES
+    found = compare(cases, 1 if args.quick else args.turns)
+    ours, memory, result = found['model.generate', '']
+    made, rows = sum(map(len, result['answers'])), []
+    for (case, settings), (seconds, _, about) in found.items():
+        if not settings:
+            same = sum(a == b[:len(a)] for a, b in zip(result['answers'], about['answers'])) if 'answers' in about else ''
+            raw = found.get((case, 'raw'))
+            rows.append((case, two(seconds), f'{made / seconds:.1f}', two(seconds / ours), same,
+                         *((two(raw[0]), two(raw[0] / ours)) if raw else ('', ''))))
+    length = f'{made / count:.1f} new tokens on average' if args.model else f'{made // count} new tokens each'
+    table(f'generation: {name}, {count} test prompts, {length}, greedy, fp32',
+          ('how', 's', 'tokens/s', 'x', 'equal answers', 's as torch comes', 'x'), rows)
+    print(f'\npeak memory of model.generate: {two(memory)} GB')
 
 
 # --- the rest
@@ -315,7 +320,7 @@ def bench_growth(args, data):
 
     sizes, counts, lengths = ('small', 'medium', 'large'), (8, 32, 128), (32, 128, 512, 960)
     if args.quick:
-        sizes, counts, lengths = ('tiny',), (8, 16), (32, 128)
+        sizes, counts, lengths = ('tiny',), (16,), (32, 128)
     rows, small = rows_of((size, size, 'prefix') for size in sizes), sizes[0]
     table('a step of training by model, 8 rows', ('model', 's', 'peak GB'), rows)
     rows = rows_of((n, small, 'prefix', n) for n in counts)
@@ -330,8 +335,8 @@ def bench_growth(args, data):
 def bench_cpu(args, data):
     """What cpu.py changes: the same child with and without it, in turns."""
     rows = []
-    for what, more in (('step', 'prefix'), ('generate', 12 if args.quick else 110)):
-        turns = [(child(what, args.size, more, flags=['--as-torch-comes']), child(what, args.size, more))
+    for what, more in (('step', 'prefix'), ('generate', 110))[:1 if args.quick else 2]:
+        turns = [(child(what, args.size, more, flags=AS_TORCH_COMES), child(what, args.size, more))
                  for _ in range(1 if args.quick else args.turns)]
         for name, results in zip(('as torch comes', 'with cpu.py'), zip(*turns)):
             rows.append((what, name, two(statistics.median(r['seconds'] for r in results)), two(results[0]['peak'] / 1e9)))
@@ -351,25 +356,50 @@ def bench_lora(args, data):
 
 
 def child(what, size, *more, flags=()):
-    """-> {'seconds': median, 'peak': bytes} of one thing in a process of its own, on the same data."""
-    command = [sys.executable, __file__, f'--data={child.data}', f'--child={",".join(map(str, (what, size, *more)))}']
-    out = subprocess.run([*command, *flags], check=True, capture_output=True, text=True).stdout
+    """-> {'seconds': median, 'peak': bytes, ...} of one thing in a process of its own, on the same data."""
+    command = [sys.executable, __file__, f'--data={child.data}', f'--child={",".join(map(str, (what, size, *more)))}', *flags]
+    settings = {'THP_MEM_ALLOC_ENABLE': '1'} if what == 'step' and not flags else {}  # as in train.py
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**settings, **os.environ}).stdout
     return json.loads(out.splitlines()[-1])
 
 
+def load(name):
+    """-> a GPT of random weights in one of SHAPES, or a trained one; how many new tokens it is asked for; what ends them."""
+    if name in SHAPES:
+        return build(name).eval(), 24, -1
+    return GPT.from_pretrained(name).eval(), 256, prepare.EOS
+
+
 def run_child(data, what, size, *more):
+    about = {}
     if what == 'step':
         form, rows = more[0], int(more[1]) if more[1:] else 8
         model, given = build(size), batches(data[0], form, rows)
         if more[2:]:
             add_lora(model, 16, 16.0, quantize=more[2])
         params = [p for p in model.parameters() if p.requires_grad]
-        about = {'trained': sum(p.numel() for p in params), 'tokens': statistics.mean(tokens(data[0], rows))}
-        seconds = race({'': stepper(model, torch.optim.AdamW(params, lr=1e-5, fused=True), given, form)}, 5)['']
+        step = stepper(model, torch.optim.AdamW(params, lr=1e-5, fused=True), given, form)
+        seconds = race({'': step}, 6, warm=3)['']
+        about = {'trained': sum(p.numel() for p in params), 'tokens': statistics.mean(tokens(data[0], rows)),
+                 'flops': useful_flops(model, given), 'sgemm': sgemm_peak()}
+    elif what == 'trl':
+        seconds = statistics.median(trl(size, data[0], 9)[3:])
     elif what == 'generate':
-        about = {}
-        model, prompts = build(size).eval(), test_prompts(data[1], int(more[0]))
-        seconds = race({'': lambda: model.generate(prompts, 24, eos=-1)}, 1)['']
+        (model, new, eos), prompts = load(size), test_prompts(data[1], int(more[0]))
+        seconds = race({'': lambda: about.update(answers=model.generate(prompts, new, eos=eos))}, 1, warm=0)['']
+    elif what == 'transformers':
+        (model, new, eos), prompts = load(size), test_prompts(data[1], int(more[0]))
+        theirs = peer(model.config).eval()
+        theirs.generation_config.eos_token_id = None if eos == -1 else eos
+        weights = {f'transformer.{k}': v.t() if v.dim() == 2 and k.startswith('h.') else v
+                   for k, v in model.state_dict().items()}
+        theirs.load_state_dict(weights | {'lm_head.weight': model.wte.weight})
+        run = {'': lambda: about.update(answers=peer_generate(theirs, prompts, new, int(more[1])))}
+        seconds = race(run, 1, warm=0)['']
+    elif what == 'uncached':
+        (model, new, _), prompts = load(size), sorted(test_prompts(data[1], int(more[0])), key=len)
+        few = prompts[len(prompts) // 2:][:3]  # of median length, scaled up
+        seconds = race({'': lambda: uncached(model, few, new)}, 1, warm=0)[''] * len(prompts) / len(few)
     else:
         raise ValueError(what)
     # not ru_maxrss, which on Linux begins with the parent's
