@@ -34,14 +34,21 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
     first = first_targets(meta, loss_on)[numbers]
     # the prefix is shared only as far as nothing of it is supervised: the id before the first target predicts it
     shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
-    bins = []  # first fit, longest first: [length, examples]
-    for i in np.argsort(start - end, kind='stable') if packing else range(len(numbers)):
-        length = end[i] - start[i] - 1 - shared
-        place = next((b for b in bins if packing and b[0] + length <= block_size), None)
-        if place is None:
-            bins.append(place := [shared, []])
-        place[0] += length
-        place[1].append(i)
+    lengths = end - start - 1 - shared
+    if packing:
+        # no more rows than needed, of about equal length: the longest example goes first, each into the shortest row so far
+        count = -(-lengths.sum() // max(1, block_size - shared))
+        while True:
+            bins = [[shared, []] for _ in range(count)]  # length, examples
+            for i in np.argsort(-lengths, kind='stable'):
+                place = min(bins, key=lambda row: row[0])
+                place[0] += lengths[i]
+                place[1].append(i)
+            if count >= len(numbers) or max(length for length, _ in bins) <= block_size:
+                break
+            count += 1
+    else:
+        bins = [[length, [i]] for i, length in enumerate(lengths)]
     B, T = len(bins), max(length for length, _ in bins)
     x, y = np.full((B, T), meta['eos']), np.full((B, T), IGNORE)
     positions, segments = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)

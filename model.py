@@ -29,6 +29,7 @@ PACK = 1024  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
 SLOTS = 256  # rows it works on at once, at most
 FEW = 512  # positions, below which oneDNN multiplies faster than MKL on a CPU
+ONEDNN = torch.backends.mkldnn.is_available()
 SPAN = 32  # positions, or rows, whose attention is one product, on a CPU: what is masked there is work for nothing
 
 
@@ -51,8 +52,8 @@ class GPTConfig:
 
 def linear(x, weight, bias=None):
     """F.linear, and for the few positions of a step of generation on a CPU what torch.compile would make of it."""
-    few = x.device.type == 'cpu' and x.numel() <= FEW * x.size(-1) and torch.is_inference_mode_enabled()
-    if few and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled('cpu'):
+    few = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() <= FEW * x.size(-1)
+    if few and torch.is_inference_mode_enabled() and ONEDNN and not torch.is_autocast_enabled('cpu'):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
@@ -393,7 +394,7 @@ class Cache:
 def pick(logits, temperature, top_k, uniform):
     """logits (n, vocab) -> list of n ids: the largest, or where the cumulated probabilities pass uniform (n,)."""
     if temperature == 0:
-        return logits.argmax(-1).tolist()
+        return logits.max(-1).indices.tolist()  # twice as fast as argmax
     if top_k:
         logits, ids = logits.topk(min(top_k, logits.size(1)))
     cumulated = (logits.double() / temperature).softmax(-1).cumsum(-1)

@@ -197,8 +197,8 @@ def trl(size, train, steps=6):
 def peer(config):
     """-> transformers' GPT-2 of that shape, without dropout, like ours."""
     from transformers import GPT2Config, GPT2LMHeadModel
-    return GPT2LMHeadModel(GPT2Config(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
-                                      resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    shape = {'n_layer': config.n_layer, 'n_head': config.n_head, 'n_embd': config.n_embd, 'n_positions': config.block_size}
+    return GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
 def compare(cases, turns):
@@ -252,7 +252,7 @@ def peer_generate(model, prompts, new, batch):
     return [answers[i] for i in range(len(prompts))]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def uncached(model, prompts, new):
     """Chapter 7's way: one prompt at a time, everything anew for each token."""
     for prompt in prompts:
@@ -367,7 +367,8 @@ def load(name):
     """-> a GPT of random weights in one of SHAPES, or a trained one; how many new tokens it is asked for; what ends them."""
     if name in SHAPES:
         return build(name).eval(), 24, -1
-    return GPT.from_pretrained(name).eval(), 256, prepare.EOS
+    with contextlib.redirect_stdout(sys.stderr):
+        return GPT.from_pretrained(name).eval(), 64, prepare.EOS
 
 
 def run_child(data, what, size, *more):

@@ -94,6 +94,17 @@ def test_packed_equals_one_by_one(model, data, loss_on, offset, block_size):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-10, atol=1e-14)
 
 
+def test_packed_rows_are_full_and_even(data):
+    """No row is much shorter than another, which would be padded to the longest's length; and all examples are there."""
+    train = data('train')
+    lengths, n = train[1]['end'] - train[1]['start'], train[1]['examples']
+    for block_size in (128, 200, 1024):
+        _, _, _, segments = make_batch(train, range(n), True, block_size=block_size)
+        filled = (segments >= 0).sum(1)
+        assert segments.shape[1] <= block_size and filled.max() - filled.min() <= lengths.max()
+        assert sum(row.max() for row in segments) == n and len(filled) <= 1.2 * lengths.sum() / block_size + 1
+
+
 def test_packed_equals_unpacked_in_fp32(model, data):
     model, train = model.float(), data('train')
     one, gradients = loss_and_gradients(model, make_batch(train, range(8), True))

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import model as model_module
+from batch import IGNORE
 from config import UserError
 from model import GPT, GPTConfig
 
@@ -187,18 +188,39 @@ def test_model_is_left_as_it_was(model, prompts):
     dropout(torch.tensor(prompts[:1]))[0].sum().backward()  # training goes on
 
 
-def test_embedding_gradient_is_the_dense_one(model, prompts, monkeypatch):
-    """wte's two gradients, as embedding and as output layer, meet in one dense tensor; over two micro-batches too."""
+@pytest.mark.parametrize('supervised', [True, False])
+def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supervised):
+    """wte's gradient, as embedding and as output layer, over two micro-batches; the last block, where all is asked of it."""
     ids = torch.tensor([prompts[3], prompts[3][::-1]])
+    targets = ids[:, 1:].clone()
+    targets[:, :5] = IGNORE
     gradients = []
-    dense = torch.nn.functional.embedding
-    for patched in (False, True):
-        if patched:
-            monkeypatch.setattr(torch.nn.functional, 'embedding', lambda ids, weight, *_, **__: dense(ids, weight))
-        other = GPT(model.config)
+    for plain in (False, True):
+        other = GPT(model.config).double()
         other.load_state_dict(model.state_dict())
-        for row in ids:
-            other(row[None, :-1], row[None, 1:])[1].backward()
-        gradients.append(other.wte.weight.grad)
-    assert not gradients[0].is_sparse
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+        if plain:
+            monkeypatch.setattr(model_module.TiedEmbedding, 'apply', lambda wte, idx: (torch.nn.functional.embedding(idx, wte), wte))
+        for row, target in zip(ids, targets):
+            if supervised and not plain:
+                loss = other(row[None, :-1], target[None])[1]
+            else:
+                loss = torch.nn.functional.cross_entropy(other(row[None, :-1])[0][0], target)
+            loss.backward()
+        gradients.append({name: p.grad for name, p in other.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-10, rtol=1e-10, msg=name)
+
+
+def test_the_linear_layer_of_few_positions():
+    """oneDNN's product, taken in inference mode, is MKL's; in all other cases it is not taken."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, 37, 96), (160, 96), (160,)))
+    expected = torch.nn.functional.linear(x, weight, bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(model_module.linear(x, weight, bias), expected)
+        torch.testing.assert_close(model_module.linear(x, weight), expected - bias, atol=1e-5, rtol=1e-5)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert model_module.linear(x, weight, bias).dtype == torch.bfloat16
+        double = model_module.linear(x.double(), weight.double(), bias.double())
+        assert double.dtype == torch.float64
+        torch.testing.assert_close(double.float(), expected)
