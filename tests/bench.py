@@ -414,7 +414,7 @@ SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', default=','.join(SECTIONS), help='sections: ' + ', '.join(SECTIONS))
+    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out cpu and judge')
     parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
@@ -423,6 +423,7 @@ def main():
     parser.add_argument('--as-torch-comes', action='store_true', help='without the settings of cpu.py')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('cpu', 'judge'))
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
     child.data = args.data
