@@ -1,5 +1,6 @@
 """
-A run's scores as lines for the terminal, and as one page with the loss curves and every row, which opens from disk.
+What a run came to: scores as lines for the terminal, and as one page with the loss curves and every row, which opens from
+disk; and the losses as a picture.
 
     python report.py out/scores.json        # the page again, after a change to report_template.html
 """
@@ -33,6 +34,21 @@ def read_curves(path):
         except (ValueError, KeyError, TypeError):  # a record of another kind, or a last line that is being written
             continue
     return {name: thinned(points) for name, points in curves.items()}
+
+
+def draw_curves(log, path, title):
+    """The losses of a log.jsonl, all of them, as a picture; without matplotlib a line tells of it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f'{path} is not drawn; for it: pip install matplotlib')
+    records = [json.loads(line) for line in open(log)]
+    axes = (figure := Figure(figsize=(7, 4), layout='constrained')).subplots()
+    for key, style in {'loss': '-', 'train_loss': 'o--', 'val_loss': 'o-'}.items():
+        axes.plot(*zip(*[(r['step'], r[key]) for r in records if key in r]), style, label=key, markersize=3)
+    axes.set(xlabel='step', ylabel='nats a supervised token', title=title)
+    axes.legend()
+    write_aside(path, lambda file: figure.savefig(file, format='png', dpi=150), 'wb')
 
 
 def finite(value):

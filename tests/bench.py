@@ -44,8 +44,6 @@ FORMS = {
     'plain': 'padded, full logits', 'padded': 'padded, logits of answers only', 'packed': 'packed',
     'prefix': 'packed, the shared prefix once',
 }
-
-
 AS_TORCH_COMES = '--as-torch-comes',  # without the settings of cpu.py
 
 
@@ -132,8 +130,19 @@ def tokens(train, rows=8, count=3):
 
 
 def stepper(model, optimizer, batches, form):
-    """-> a function that does the next step of training in one of FORMS."""
+    """-> a function that does the next step of training in one of FORMS: 'plain' in the usual way, the others as train.py."""
     turns = itertools.cycle(batches)
+
+    def update(*_):
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if form != 'plain':
+            torch.nn.utils.get_total_norm(grads)  # for the log
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if form != 'plain':
+        for block in model.h:
+            next(p for p in block.parameters() if p.requires_grad).register_post_accumulate_grad_hook(update)
 
     def step():
         ids, targets, positions, segments = next(turns)
@@ -144,10 +153,8 @@ def stepper(model, optimizer, batches, form):
             _, loss = model(ids, targets)
         else:
             _, loss = model(ids, targets, positions, segments)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update()
     return step
 
 
@@ -163,7 +170,7 @@ def useful_flops(model, batches):
                                for _, targets, _, segments in batches)
 
 
-def trl(size, train, steps=6):
+def trl(size, train, steps):
     """`steps` steps of 8 of the same rows with TRL's SFTTrainer -> the seconds of each."""
     os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
     from datasets import Dataset
@@ -185,7 +192,7 @@ def trl(size, train, steps=6):
 
     options = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_steps=steps, optim='adamw_torch_fused',
-        use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', save_strategy='no',
+        max_grad_norm=0, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', save_strategy='no',
         logging_strategy='no', disable_tqdm=True)
     trainer = SFTTrainer(peer(config_of(size)), args=options, train_dataset=Dataset.from_list(rows),
                          processing_class=tokenizer, callbacks=[Clock()])
