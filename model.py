@@ -50,18 +50,21 @@ class GPTConfig:
         return sizes.get((self.n_layer, self.n_embd), f'gpt2-{self.n_layer}x{self.n_embd}')
 
 
-def linear(x, weight, bias=None):
-    """F.linear, and for the few positions of a step of generation on a CPU what torch.compile would make of it."""
-    few = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() <= FEW * x.size(-1)
-    if few and torch.is_inference_mode_enabled() and ONEDNN and not torch.is_autocast_enabled('cpu'):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-    return F.linear(x, weight, bias)
+def linear(x, weight, bias=None, gelu=False):
+    """F.linear, and OpenAI's GELU after it; in generation on a CPU by oneDNN, as torch.compile would make of it."""
+    onednn = ONEDNN and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled('cpu')
+    if onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32:
+        if gelu or x.numel() <= FEW * x.size(-1):
+            act, form = ('gelu', 'tanh') if gelu else ('none', '')
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], form)
+    x = F.linear(x, weight, bias)
+    return F.gelu(x, approximate='tanh') if gelu else x  # erf instead of tanh moves logits by 4e-4
 
 
 class Linear(nn.Linear):
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, gelu=False):
+        return linear(x, self.weight, self.bias, gelu)
 
 
 class CausalSelfAttention(nn.Module):
@@ -91,7 +94,9 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # OpenAI's GELU; erf moves logits by 4e-4
+        if isinstance(self.c_fc, Linear):
+            return self.c_proj(self.c_fc(x, gelu=True))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # LoRA's layers and those in 4 bits
 
 
 class Block(nn.Module):

@@ -1,4 +1,6 @@
 """Generation: batches, the cache and the scheduling change nothing about the answers."""
+import math
+
 import pytest
 import torch
 
@@ -211,16 +213,24 @@ def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supe
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-10, rtol=1e-10, msg=name)
 
 
-def test_the_linear_layer_of_few_positions():
-    """oneDNN's product, taken in inference mode, is MKL's; in all other cases it is not taken."""
+@pytest.mark.parametrize('gelu', [False, True])
+@pytest.mark.parametrize('positions', [37, model_module.FEW + 1])
+def test_the_linear_layer_of_generation(gelu, positions):
+    """oneDNN's product, taken in inference mode, is MKL's, and its GELU OpenAI's; in all other cases it is not taken."""
     draw = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, 37, 96), (160, 96), (160,)))
-    expected = torch.nn.functional.linear(x, weight, bias)
+    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, positions, 96), (160, 96), (160,)))
+
+    def expected(y):
+        y = y.double()
+        return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))) if gelu else y).float()
+
+    whole, unbiased = expected(x @ weight.t() + bias), expected(x @ weight.t())
+    torch.testing.assert_close(model_module.linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
     with torch.inference_mode():
-        torch.testing.assert_close(model_module.linear(x, weight, bias), expected)
-        torch.testing.assert_close(model_module.linear(x, weight), expected - bias, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model_module.linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model_module.linear(x, weight, gelu=gelu), unbiased, atol=1e-5, rtol=1e-5)
         with torch.autocast('cpu', torch.bfloat16):
-            assert model_module.linear(x, weight, bias).dtype == torch.bfloat16
-        double = model_module.linear(x.double(), weight.double(), bias.double())
+            assert model_module.linear(x, weight, bias, gelu).dtype == torch.bfloat16
+        double = model_module.linear(x.double(), weight.double(), bias.double(), gelu)
         assert double.dtype == torch.float64
-        torch.testing.assert_close(double.float(), expected)
+        torch.testing.assert_close(double.float(), whole, atol=1e-5, rtol=1e-5)
