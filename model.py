@@ -28,7 +28,6 @@ CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp3
 PACK = 1024  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
 SLOTS = 256  # rows it works on at once, at most
-FEW = 512  # positions, below which oneDNN multiplies faster than MKL on a CPU
 ONEDNN = torch.backends.mkldnn.is_available()
 SPAN = 32  # positions, or rows, whose attention is one product, on a CPU: what is masked there is work for nothing
 
@@ -51,12 +50,11 @@ class GPTConfig:
 
 
 def linear(x, weight, bias=None, gelu=False):
-    """F.linear, and OpenAI's GELU after it; in generation on a CPU by oneDNN, as torch.compile would make of it."""
-    onednn = ONEDNN and torch.is_inference_mode_enabled() and not torch.is_autocast_enabled('cpu')
-    if onednn and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32:
-        if gelu or x.numel() <= FEW * x.size(-1):
-            act, form = ('gelu', 'tanh') if gelu else ('none', '')
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], form)
+    """F.linear, and OpenAI's GELU after it; for a step of generation on a CPU as torch.compile has it, in oneDNN's one pass."""
+    few = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() <= SLOTS * x.size(-1)
+    if few and torch.is_inference_mode_enabled() and ONEDNN and not torch.is_autocast_enabled('cpu'):
+        act, form = ('gelu', 'tanh') if gelu else ('none', '')
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], form)
     x = F.linear(x, weight, bias)
     return F.gelu(x, approximate='tanh') if gelu else x  # erf instead of tanh moves logits by 4e-4
 

@@ -1,7 +1,7 @@
 """
 Every performance figure that the README quotes, as Markdown tables; with peers, where requirements-bench.txt is installed.
 
-    python tests/bench.py                                # medium's shape, the 1,100 rows if prepared: about half an hour
+    python tests/bench.py                                # medium's shape, the 1,100 rows if prepared: an hour with peers
     python tests/bench.py --quick                        # under a minute
     python tests/bench.py --only=train,generate --size=small
 
@@ -208,37 +208,42 @@ def peer(config):
     return GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
-def compare(cases, turns):
-    """{name: (arguments of child)} -> {name: (median seconds, GB, the last result)}, measured in turns."""
-    results = {name: [] for name in cases}
+def compare(cases, turns, peers=()):
+    """
+    {name: arguments of child} -> {name: result of child}, measured in turns; seconds and peak are medians. `peers` run as
+    torch comes, too: 'raw' is the median of their seconds then.
+    """
+    runs = [(name, flags) for name in cases for flags in ((), AS_TORCH_COMES) if not flags or name in peers]
+    results = {run: [] for run in runs}
     for _ in range(turns):
-        for name, (arguments, flags) in cases.items():
-            results[name].append(child(*arguments, flags=flags))
-    return {name: (statistics.median(r['seconds'] for r in found), statistics.median(r['peak'] for r in found) / 1e9, found[-1])
-            for name, found in results.items()}
+        for name, flags in runs:
+            results[name, flags].append(child(*cases[name], flags=flags))
+    found = {name: results[name, ()][-1] for name in cases}
+    for (name, flags), each in results.items():
+        found[name]['raw' if flags else 'seconds'] = statistics.median(result['seconds'] for result in each)
+        if not flags:
+            found[name]['peak'] = statistics.median(result['peak'] for result in each)
+    return found
+
+
+def raw_cells(result, ours):
+    return (two(result['raw']), two(result['raw'] / ours)) if 'raw' in result else ('', '')
 
 
 def bench_train(args, data):
-    train, turns = data[0], 1 if args.quick else args.turns
-    cases = {(form, ''): (('step', args.size, form), ()) for form in FORMS}
-    if not args.quick:
-        cases['plain', 'raw'] = ('step', args.size, 'plain'), AS_TORCH_COMES
+    cases = {form: ('step', args.size, form) for form in FORMS}
     if find_spec('trl') and not args.quick:
-        cases |= {('trl', ''): (('trl', args.size), ()), ('trl', 'raw'): (('trl', args.size), AS_TORCH_COMES)}
-    found = compare(cases, turns)
-    ours, rows = found['prefix', ''][0], []
-    for form, name in ({'trl': 'TRL SFTTrainer, completion-only'} | FORMS).items():
-        if (form, '') in found:
-            seconds, memory, _ = found[form, '']
-            positions = f'{statistics.mean(b[0].numel() for b in batches(train, form)):.0f}' if form in FORMS else ''
-            raw = found.get((form, 'raw'))
-            rows.append((name, positions, two(seconds), two(seconds / ours), two(memory),
-                         *((two(raw[0]), two(raw[0] / ours)) if raw else ('', ''))))
+        cases = {'trl': ('trl', args.size)} | cases
+    found = compare(cases, 1 if args.quick else args.turns, () if args.quick else ('trl', 'plain'))
+    prefix = found['prefix']
+    ours, names = prefix['seconds'], {'trl': 'TRL SFTTrainer, completion-only'} | FORMS
+    positions = {form: f'{statistics.mean(b[0].numel() for b in batches(data[0], form)):.0f}' for form in FORMS}
     table(f'a step of training: {args.size}, 8 rows, fp32',
-          ('form', 'positions', 's', 'x', 'peak GB', 's as torch comes', 'x'), rows)
-    result = found['prefix', ''][2]
-    rate = result['flops'] / ours
-    print(f'\nuseful: {rate / 1e9:.0f} GFLOP/s, {rate / result["sgemm"]:.0%} of the {result["sgemm"] / 1e9:.0f} of sgemm 2048³ '
+          ('form', 'positions', 's', 'x', 'peak GB', 's as torch comes', 'x'),
+          [(names[form], positions.get(form, ''), two(result['seconds']), two(result['seconds'] / ours),
+            two(result['peak'] / 1e9), *raw_cells(result, ours)) for form, result in found.items()])
+    rate = prefix['flops'] / ours
+    print(f'\nuseful: {rate / 1e9:.0f} GFLOP/s, {rate / prefix["sgemm"]:.0%} of the {prefix["sgemm"] / 1e9:.0f} of sgemm 2048³ '
           'in the same process')
 
 
@@ -269,32 +274,23 @@ def uncached(model, prompts, new):
 
 
 def bench_generate(args, data):
-    count = 12 if args.quick else 110
-    name = args.model or args.size
-    cases = {('model.generate', ''): (('generate', name, count), ())}
+    count, name = 12 if args.quick else 110, args.model or args.size
+    cases = {'model.generate': ('generate', name, count)}
     if find_spec('transformers') and not args.quick:
-        for batch in (16, 32, 110):
-            case = f'transformers, batches of {batch}'
-            cases |= {(case, ''): (('transformers', name, count, batch), ()),
-                      (case, 'raw'): (('transformers', name, count, batch), AS_TORCH_COMES)}
+        cases |= {f'transformers, batches of {batch}': ('transformers', name, count, batch) for batch in (16, 32, 110)}
     if not args.model:
-        case = 'one at a time, without a cache'
-        cases[case, ''] = ('uncached', name, count), ()
-        if not args.quick:
-            cases[case, 'raw'] = ('uncached', name, count), AS_TORCH_COMES
-    found = compare(cases, 1 if args.quick else args.turns)
-    ours, memory, result = found['model.generate', '']
-    made, rows = sum(map(len, result['answers'])), []
-    for (case, settings), (seconds, _, about) in found.items():
-        if not settings:
-            same = sum(a == b[:len(a)] for a, b in zip(result['answers'], about['answers'])) if 'answers' in about else ''
-            raw = found.get((case, 'raw'))
-            rows.append((case, two(seconds), f'{made / seconds:.1f}', two(seconds / ours), same,
-                         *((two(raw[0]), two(raw[0] / ours)) if raw else ('', ''))))
+        cases['one at a time, without a cache'] = 'uncached', name, count
+    found = compare(cases, 1 if args.quick else args.turns, () if args.quick else list(cases)[1:])
+    ours, answers = found['model.generate']['seconds'], found['model.generate']['answers']
+    made, rows = sum(map(len, answers)), []
+    for case, result in found.items():
+        same = sum(a == b[:len(a)] for a, b in zip(answers, result['answers'])) if 'answers' in result else ''
+        rows.append((case, two(result['seconds']), f'{made / result["seconds"]:.1f}', two(result['seconds'] / ours), same,
+                     *raw_cells(result, ours)))
     length = f'{made / count:.1f} new tokens on average' if args.model else f'{made // count} new tokens each'
     table(f'generation: {name}, {count} test prompts, {length}, greedy, fp32',
           ('how', 's', 'tokens/s', 'x', 'equal answers', 's as torch comes', 'x'), rows)
-    print(f'\npeak memory of model.generate: {two(memory)} GB')
+    print(f'\npeak memory of model.generate: {two(found["model.generate"]["peak"] / 1e9)} GB')
 
 
 # --- the rest
@@ -421,7 +417,7 @@ SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out cpu and judge')
+    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out lora, cpu and judge')
     parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
@@ -430,7 +426,7 @@ def main():
     parser.add_argument('--as-torch-comes', action='store_true', help='without the settings of cpu.py')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('cpu', 'judge'))
+    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('lora', 'cpu', 'judge'))
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
     child.data = args.data

@@ -214,7 +214,7 @@ def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supe
 
 
 @pytest.mark.parametrize('gelu', [False, True])
-@pytest.mark.parametrize('positions', [37, model_module.FEW + 1])
+@pytest.mark.parametrize('positions', [37, model_module.SLOTS + 1])
 def test_the_linear_layer_of_generation(gelu, positions):
     """oneDNN's product, taken in inference mode, is MKL's, and its GELU OpenAI's; in all other cases it is not taken."""
     draw = torch.Generator().manual_seed(0)
