@@ -28,8 +28,8 @@ CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp3
 PACK = 1024  # prompt positions that generate computes at once
 STEP = 64  # positions by which its cache grows
 SLOTS = 256  # rows it works on at once, at most
-ONEDNN = torch.backends.mkldnn.is_available()
 SPAN = 32  # positions, or rows, whose attention is one product, on a CPU: what is masked there is work for nothing
+ONEDNN = torch.backends.mkldnn.is_available()
 
 
 @dataclass
@@ -50,7 +50,7 @@ class GPTConfig:
 
 
 def linear(x, weight, bias=None, gelu=False):
-    """F.linear, and OpenAI's GELU after it; for a step of generation on a CPU as torch.compile has it, in oneDNN's one pass."""
+    """F.linear, and OpenAI's GELU after it; in a step of generation on a CPU by oneDNN, what torch.compile makes of it."""
     few = x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 and x.numel() <= SLOTS * x.size(-1)
     if few and torch.is_inference_mode_enabled() and ONEDNN and not torch.is_autocast_enabled('cpu'):
         act, form = ('gelu', 'tanh') if gelu else ('none', '')
