@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ['OMP_NUM_THREADS'] = '1'  # tests run beside each other; and another number of threads rounds otherwise
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -28,14 +29,11 @@ TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--bl
         '--sample_every_epoch=False', '--eval_interval=1000')
 
 
-ENV = os.environ | {'OMP_NUM_THREADS': '1'}  # tests run beside each other; and another number of threads rounds otherwise
-
-
 def stage(folder, *command, code=0, env=None, timeout=120):
     """Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the code."""
     command = [sys.executable, *(ROOT / arg if arg.endswith('.py') and (ROOT / arg).is_file() else arg for arg in map(str, command))]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-                             env=ENV | (env or {}))
+                             env=os.environ | (env or {}))
     assert process.returncode == code, process.stdout + process.stderr
     if code == 2:
         assert process.stderr.count('\n') == 1 and 'Traceback' not in process.stderr, process.stderr

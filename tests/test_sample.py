@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY, stage
+from conftest import ROOT, TINY, stage
 
 from model import GPT, GPTConfig
 from prepare import decode, encode_prompt
@@ -88,7 +88,7 @@ def test_one_prompt(sample, tmp_path):
 def test_a_conversation(trained):
     command = [sys.executable, ROOT / 'sample.py', *FLAGS, '--interactive=True']
     shown = subprocess.run(command, cwd=trained, input='Write the word cat again.\nWrite the word dog again. | cat\n\nleft\n',
-                           capture_output=True, text=True, env=ENV)
+                           capture_output=True, text=True)
     assert shown.returncode == 0 and shown.stdout.count('\n> ') + shown.stdout.count('> ') >= 3
 
 
@@ -116,7 +116,7 @@ def test_an_interrupted_start_is_gone_on_with(sample, tmp_path):
             '    return original(self, prompts, *args, on_done=die_at_the_third, **kwargs)\n'
             'original, model.GPT.generate = model.GPT.generate, generate\n'
             'runpy.run_path(sys.argv[0], run_name="__main__")')
-    killed = subprocess.run([sys.executable, '-c', code, *map(str, command[1:])], cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    killed = subprocess.run([sys.executable, '-c', code, *map(str, command[1:])], cwd=tmp_path, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
     part = next((tmp_path / 'a').glob('*.part0'))
     part.write_text(part.read_text() + '{"key": "cut')  # the line at which it was killed

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ENV, ROOT, TINY
+from conftest import ROOT, TINY
 from torch.nn import functional as F
 
 from batch import first_targets
@@ -29,8 +29,7 @@ def train(run, prepared, tmp_path, monkeypatch):
 
     def train(*flags, out='a', processes=1, **kwargs):
         launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
-        env = {'OMP_NUM_THREADS': '1'} if processes > 1 else {}
-        train.shown = run(*launcher, 'train.py', *TINY, '--dataset=tiny', f'--out_dir={out}', *flags, env=env, **kwargs)
+        train.shown = run(*launcher, 'train.py', *TINY, '--dataset=tiny', f'--out_dir={out}', *flags, **kwargs)
         log = tmp_path / out / 'log.jsonl'
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return train
@@ -111,7 +110,7 @@ def test_resume_is_bit_for_bit(train, tmp_path, extra):
     checkpoint = torch.load(tmp_path / 'b/ckpt.pt', weights_only=True)
     assert checkpoint['at']['step'] == 12 and not any('_orig_mod' in key or 'module.' in key for key in checkpoint['model'])
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=c', '--max_steps=12', *flags,
-                                '--save_interval=6', '--eval_interval=1'], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ENV)
+                                '--save_interval=6', '--eval_interval=1'], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('step 8/'):
             process.send_signal(signal.SIGKILL)
@@ -127,7 +126,7 @@ def test_resume_is_bit_for_bit(train, tmp_path, extra):
 def test_ctrl_c_saves_and_ends_cleanly(train, prepared, tmp_path):
     whole = train('--max_steps=30', out='a')
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=b', '--max_steps=30'],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('step 3/'):
             process.send_signal(signal.SIGINT)
@@ -212,7 +211,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(train, tmp_path):
     limit = f'ulimit -f {len(before) // 1024 // 2}; exec "$@"'
     command = ['bash', '-c', limit, 'bash', sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=a', '--max_steps=4',
                '--init_from=resume']
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENV)
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2 and 'cannot write a/ckpt.pt' in process.stderr, process.stderr
     assert 'Traceback' not in process.stderr and (tmp_path / 'a/ckpt.pt').read_bytes() == before
     assert not list((tmp_path / 'a').glob('*.aside'))
