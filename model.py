@@ -125,7 +125,9 @@ class TiedEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_wte):
-        return grad_wte.index_put_(ctx.saved_tensors, grad, accumulate=True), None
+        idx, = ctx.saved_tensors
+        # not index_put_, which adds in an order that depends on its threads
+        return grad_wte.index_add_(0, idx.flatten(), grad.flatten(0, 1)), None
 
 
 class GPT(nn.Module):

@@ -213,6 +213,23 @@ def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supe
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-10, rtol=1e-10, msg=name)
 
 
+def test_gradients_do_not_depend_on_the_threads():
+    """Several threads add to the same rows of wte, which the prompts share, in the same order every time."""
+    draw = torch.Generator().manual_seed(0)
+    ids, rows = torch.randint(9, (1, 600), generator=draw), torch.randn(1, 600, 768, generator=draw)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    for _ in range(10):
+        wte = torch.zeros(9, 768, requires_grad=True)
+        tokens, weight = model_module.TiedEmbedding.apply(wte, ids)
+        ((tokens * rows).sum() + (weight * rows[0, :9]).sum()).backward()
+        found.append(wte.grad)
+    torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+    expected = torch.stack([rows[0, i] + rows[0, ids[0] == i].double().sum(0) for i in range(9)])
+    torch.testing.assert_close(found[0].double(), expected, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize('gelu', [False, True])
 @pytest.mark.parametrize('positions', [37, model_module.SLOTS + 1])
 def test_the_linear_layer_of_generation(gelu, positions):
