@@ -173,7 +173,8 @@ def update(*_):
     optimizer.zero_grad()
 
 
-# where nothing needs all gradients at once, a block is updated as soon as backward is through it: a sixth less memory
+# where nothing needs all gradients at once, a block is updated as soon as backward is through it: a sixth less memory.
+# What a forward uses twice would be updated by half a gradient: wte is, and TiedEmbedding makes one gradient of its two
 if world == gradient_accumulation_steps == 1 and not grad_clip:
     for block in model.h:
         next(p for p in block.parameters() if p.requires_grad).register_post_accumulate_grad_hook(update)
