@@ -173,8 +173,8 @@ def update(*_):
     optimizer.zero_grad()
 
 
-# where nothing needs all gradients at once, a block is updated as soon as backward is through it: a sixth less memory.
-# What a forward uses twice would be updated by half a gradient: wte is, and TiedEmbedding makes one gradient of its two
+# where nothing needs all gradients at once, a block is updated as soon as backward is through it, which frees its own.
+# No parameter may be used twice in a forward, or half a gradient updates it; of wte's two TiedEmbedding makes one
 if world == gradient_accumulation_steps == 1 and not grad_clip:
     for block in model.h:
         next(p for p in block.parameters() if p.requires_grad).register_post_accumulate_grad_hook(update)

@@ -134,9 +134,8 @@ def stepper(model, optimizer, batches, form):
     turns = itertools.cycle(batches)
 
     def update(*_):
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if form != 'plain':
-            torch.nn.utils.get_total_norm(grads)  # for the log
+        if form != 'plain':  # for the log
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
 
