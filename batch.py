@@ -1,13 +1,18 @@
 """
-Rows become a batch: dynamic padding, or packing that is the same function of the weights in half the positions.
+Rows become a batch: dynamic padding, or packing, and the attention that makes it the same function of the weights.
 
     ids, targets, positions, segments = make_batch(read_split('demo', 'train'), [3, 1, 4], packing=True)
 """
+import functools
+
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from config import UserError
 
 IGNORE = -100  # a target that is not supervised
+PART = 32  # positions, at least, whose attention is computed at once on a CPU
 
 
 def first_targets(meta, loss_on):
@@ -64,3 +69,54 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
             y[b, span][skip:] = row[1:][skip:]
             t = span.stop
     return x, y, positions, segments
+
+
+def cut(segments):
+    """
+    segments of a row, a list -> how many positions at its begin are of segment 0, which all see; and the sizes of its parts,
+    each of whole segments, and but for the last of PART positions or more.
+    """
+    T = len(segments)
+    P = next((t for t, segment in enumerate(segments) if segment), T)
+    last = {segment: t for t, segment in enumerate(segments)} | {0: T - 1}  # a 0 behind P is seen by all after it
+    sizes, begin, open_to = [], 0, 0
+    for t in range(P, T):
+        open_to = max(open_to, last[segments[t]])
+        if t + 1 == T or t == open_to and t + 1 - begin >= PART:
+            sizes.append(t + 1 - begin)
+            begin = t + 1
+    return P, sizes or [T]
+
+
+def packed_attention(segments, dropout=0.0):
+    """
+    segments (B, T) -> attend(q, k, v), each (B, H, T, C/H): a query sees the keys before it of its own segment and of
+    segment 0. A mask saves no time, so on a CPU rows are cut between segments; elsewhere all are computed in one call.
+    """
+
+    def seen(own, keys):  # (B, queries) and (B, keys), the last of which are the queries' own
+        keys = keys[:, None]
+        return ((own[:, :, None] == keys) | (keys == 0)).tril(keys.size(2) - own.size(1))[:, None]
+
+    if segments.device.type != 'cpu' or torch.compiler.is_compiling():
+        return functools.partial(F.scaled_dot_product_attention, attn_mask=seen(segments, segments), dropout_p=dropout)
+    sizes, parts = [], []  # of all rows; a part: its row's first one, how much of that it sees, its mask
+    for row in segments:
+        P, of_row = cut(row.tolist())
+        first = len(sizes)
+        for i, own in enumerate(row.split(of_row), first):
+            far = P if i > first else 0
+            parts.append((first, far, seen(own[None], torch.cat((row[:far], own))[None])))
+        sizes += of_row
+
+    def attend(*qkv):
+        # (n, H, C/H) a part: a whole piece of memory
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).split(sizes) for x in qkv)
+        y = []
+        for i, (first, far, mask) in enumerate(parts):
+            sees = [torch.cat((x[first][:far], x[i])) for x in (k, v)]
+            q_k_v = (x.transpose(0, 1)[None] for x in (q[i], *sees))
+            y.append(F.scaled_dot_product_attention(*q_k_v, attn_mask=mask, dropout_p=dropout)[0].transpose(0, 1))
+        return torch.cat(y).unflatten(0, segments.shape).transpose(1, 2)
+
+    return attend

@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from batch import IGNORE
+from batch import IGNORE, packed_attention
 from config import UserError
 from weights import RELEASED, fetch_released, find_checkpoint, read_checkpoint, unreadable
 
@@ -168,15 +168,10 @@ class GPT(nn.Module):
         assert T <= self.config.block_size or positions is not None, f'{T} positions, block_size is {self.config.block_size}'
         if positions is None:
             positions = torch.arange(T, device=idx.device).expand(B, T)
-        mask = None
-        if segments is not None:
-            seen = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-            mask = seen.tril()[:, None]  # (B, 1, query, key)
         dropout = self.config.dropout if self.training else 0.0
-
-        def attend(q, k, v):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
-
+        attend = functools.partial(F.scaled_dot_product_attention, is_causal=True, dropout_p=dropout)
+        if segments is not None:
+            attend = packed_attention(segments, dropout)
         tokens, weight = TiedEmbedding.apply(self.wte.weight, idx)
         keep = ... if targets is None else (targets != IGNORE).nonzero(as_tuple=True)
         x = self.ln_f(self.hidden(tokens, positions, [attend] * len(self.h), keep))

@@ -135,7 +135,8 @@ def stepper(model, optimizer, batches, form):
 
     def update(*_):
         if form != 'plain':  # for the log
-            torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            torch.nn.utils.get_total_norm([torch.linalg.vector_norm(grad, dim=-1) for grad in grads])
         optimizer.step()
         optimizer.zero_grad()
 

@@ -5,7 +5,7 @@ import torch
 from conftest import ROWS
 from torch.nn import functional as F
 
-from batch import IGNORE, make_batch
+from batch import IGNORE, cut, make_batch, packed_attention
 from model import GPT, GPTConfig
 from prepare import EOS, encode_prompt, get_tokenizer
 
@@ -129,6 +129,32 @@ def test_naive_packing_is_another_function(model, data):
     right = loss_and_gradients(model, (x, y, positions, segments))[0]
     naive = loss_and_gradients(model, (x, y, positions, np.zeros_like(segments)))[0]
     assert abs(right - naive) > 1e-3
+
+
+def test_rows_are_cut_between_segments():
+    """Behind no position that one after it sees, but for the prefix; short segments stay together."""
+    assert cut([0] * 5 + [1] * 40 + [2] * 3 + [3] * 70 + [-1] * 9) == (5, [45, 73, 9])
+    assert cut([1] * 40 + [2] * 50) == (0, [40, 50])
+    assert cut([0] * 9) == (9, [9])
+    assert cut([0] * 2 + [1] * 40 + [2] * 40 + [1] * 40 + [4] * 40) == (2, [122, 40])  # 1 comes again
+    assert cut([0] * 2 + [1] * 40 + [2] * 20 + [0] + [3] * 40 + [4] * 40) == (2, [42, 101])  # all see that 0
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_attention_of_segments(monkeypatch, whole):
+    """Any segments, in two rows at once, against sums over each query's keys; whole, as off the CPU, and cut."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: whole)
+    rows = [[0] * 5 + [1] * 40 + [2] * 3 + [3] * 45 + [-1] * 7, [1] * 40 + [2] * 60, [0] * 100, list(range(100)),
+            [0] * 3 + [1] * 40 + [2] * 20 + [0] * 2 + [1] * 35, [1, 2] * 20 + [3] * 40 + [1] * 20]
+    for segments in torch.tensor(list(zip(rows, rows[1:] + rows[:1]))):
+        q, k, v = torch.randn(3, 2, 4, 100, 8, dtype=torch.float64)
+        found = packed_attention(segments)(q, k, v)
+        assert found.shape == q.shape
+        for b, t in np.ndindex(2, 100):
+            keys = [s for s in range(t + 1) if segments[b, s] in (0, segments[b, t])]
+            weights = torch.einsum('hc,hsc->hs', q[b, :, t], k[b, :, keys]).div(8 ** 0.5).softmax(1)
+            torch.testing.assert_close(found[b, :, t], torch.einsum('hs,hsc->hc', weights, v[b, :, keys]))
 
 
 def test_padding_does_not_leak(model, data):
