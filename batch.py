@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from config import UserError
 
 IGNORE = -100  # a target that is not supervised
-PART = 32  # positions, at least, whose attention is computed at once on a CPU
+PART = 64  # positions, at least, whose attention is computed at once on a CPU
 
 
 def first_targets(meta, loss_on):

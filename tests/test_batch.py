@@ -133,11 +133,11 @@ def test_naive_packing_is_another_function(model, data):
 
 def test_rows_are_cut_between_segments():
     """Behind no position that one after it sees, but for the prefix; short segments stay together."""
-    assert cut([0] * 5 + [1] * 40 + [2] * 3 + [3] * 70 + [-1] * 9) == (5, [45, 73, 9])
-    assert cut([1] * 40 + [2] * 50) == (0, [40, 50])
+    assert cut([0] * 5 + [1] * 80 + [2] * 3 + [3] * 70 + [-1] * 9) == (5, [85, 73, 9])
+    assert cut([1] * 70 + [2] * 80) == (0, [70, 80])
     assert cut([0] * 9) == (9, [9])
-    assert cut([0] * 2 + [1] * 40 + [2] * 40 + [1] * 40 + [4] * 40) == (2, [122, 40])  # 1 comes again
-    assert cut([0] * 2 + [1] * 40 + [2] * 20 + [0] + [3] * 40 + [4] * 40) == (2, [42, 101])  # all see that 0
+    assert cut([0] * 2 + [1] * 70 + [2] * 70 + [1] * 70 + [4] * 70) == (2, [212, 70])  # 1 comes again
+    assert cut([0] * 2 + [1] * 70 + [2] * 20 + [0] + [3] * 70 + [4] * 70) == (2, [72, 161])  # all see that 0
 
 
 @pytest.mark.parametrize('whole', [True, False])
@@ -145,6 +145,7 @@ def test_attention_of_segments(monkeypatch, whole):
     """Any segments, in two rows at once, against sums over each query's keys; whole, as off the CPU, and cut."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: whole)
+    monkeypatch.setattr('batch.PART', 32)
     rows = [[0] * 5 + [1] * 40 + [2] * 3 + [3] * 45 + [-1] * 7, [1] * 40 + [2] * 60, [0] * 100, list(range(100)),
             [0] * 3 + [1] * 40 + [2] * 20 + [0] * 2 + [1] * 35, [1, 2] * 20 + [3] * 40 + [1] * 20]
     for segments in torch.tensor(list(zip(rows, rows[1:] + rows[:1]))):
