@@ -73,18 +73,20 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
 
 def cut(segments):
     """
-    segments of a row, a list -> how many positions at its beginning are of segment 0, which all see; and the sizes of its
-    parts, each of whole segments, and but for the last of PART positions or more.
+    segments of a row (T,) -> how many positions at its beginning are of segment 0, which all see; and the sizes of its parts,
+    each of whole segments, and but for the last of PART positions or more.
     """
-    T = len(segments)
-    P = next((t for t, segment in enumerate(segments) if segment), T)
-    last = {segment: t for t, segment in enumerate(segments)} | {0: T - 1}  # a 0 behind P is seen by all after it
-    sizes, begin, open_to = [], 0, 0
-    for t in range(P, T):
-        open_to = max(open_to, last[segments[t]])
-        if t + 1 == T or t == open_to and t + 1 - begin >= PART:
-            sizes.append(t + 1 - begin)
-            begin = t + 1
+    segments, T = np.asarray(segments), len(segments)
+    P = int(np.argmax(segments != 0)) if segments.any() else T
+    _, number = np.unique(segments, return_inverse=True)
+    last = np.zeros(T, dtype=int)
+    last[number] = np.arange(T)  # of a segment's positions, the last is kept
+    open_to = np.maximum.accumulate(np.where(segments == 0, T - 1, last[number])[P:])  # a 0 behind P is seen by all after it
+    sizes, begin = [], 0
+    for end in (np.flatnonzero(open_to == np.arange(P, T)) + P + 1).tolist():
+        if end == T or end - begin >= PART:
+            sizes.append(end - begin)
+            begin = end
     return P, sizes or [T]
 
 
@@ -102,7 +104,7 @@ def packed_attention(segments, dropout=0.0):
         return functools.partial(F.scaled_dot_product_attention, attn_mask=seen(segments, segments), dropout_p=dropout)
     sizes, parts = [], []  # of all rows; a part: its row's first one, how much of that it sees, its mask
     for row in segments:
-        P, of_row = cut(row.tolist())
+        P, of_row = cut(row.numpy())
         first = len(sizes)
         for i, own in enumerate(row.split(of_row), first):
             far = P if i > first else 0
