@@ -73,8 +73,8 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
 
 def cut(segments):
     """
-    segments of a row (T,) -> how many positions at its beginning are of segment 0, which all see; and the sizes of its parts,
-    each of whole segments, and but for the last of PART positions or more.
+    segments of a row (T,) -> how many positions at its beginning are of segment 0, which all see; and the sizes of its
+    parts, each of whole segments, and but for the last of PART positions or more.
     """
     segments, T = np.asarray(segments), len(segments)
     P = int(np.argmax(segments != 0)) if segments.any() else T
