@@ -333,9 +333,7 @@ def bench_prepare(args, data):
 
 
 def bench_load(args, data):
-    script = Path(__file__).with_name('bench_load.py')
-    if script.exists():
-        subprocess.run([sys.executable, script] + ['--quick'] * args.quick, check=True)
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_load.py')], check=True)
 
 
 def bench_judge(args, data):
@@ -444,7 +442,7 @@ SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out lora, cpu and judge')
+    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out load, lora, cpu and judge')
     parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
@@ -453,7 +451,7 @@ def main():
     parser.add_argument('--as-torch-comes', action='store_true', help='without the settings of cpu.py')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('lora', 'cpu', 'judge'))
+    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'cpu', 'judge'))
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
     child.data = args.data
