@@ -5,7 +5,7 @@ LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices o
     add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
     save_adapter(model, 'adapter.safetensors', about)        # A and B alone, a few MB
     load_adapter(model, 'adapter.safetensors')               # onto a freshly loaded base
-    plain_state(model)                                       # merged, in GPT-2's names
+    merged_state_dict(model)                                 # W + B A, in GPT-2's names
 """
 import json
 import math
@@ -15,15 +15,14 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import UserError
-from files import write_aside
+from config import UserError, atomic_write
 
 MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
-ALL = ','.join(MATRICES)
+ALL_MATRICES = ','.join(MATRICES)
 
 
 class LoRA(nn.Module):
-    """y = base(x) + alpha / rank * B A dropout(x). The base is frozen; B starts at zero, so at first y = base(x)."""
+    """y = base(x) + alpha / rank * B A dropout(x). The base is frozen; B is zero at first, so y = base(x)."""
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
@@ -37,13 +36,16 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.base(x) + F.linear(F.linear(self.drop(x), self.A), self.B * self.scale)
 
-    def merged(self):
-        """The one matrix (out, in) that does the same."""
-        return dense(self.base.weight) + self.B @ self.A * self.scale
+    def merged_weight(self):
+        """-> the one matrix (out, in) that computes the same, without the dropout."""
+        return dequantize(self.base.weight) + self.B @ self.A * self.scale
 
 
-def add_lora(model, rank, alpha, dropout=0.0, targets=ALL, quantize='none'):
-    """Freeze the model and give the matrices that `targets` names trainable A and B. 'nf4' keeps all matrices in 4 bits."""
+def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='none'):
+    """
+    Freeze the model and give the matrices that `targets` names trainable A and B. quantize='nf4' keeps all
+    matrices of the blocks in 4 bits. Raises UserError.
+    """
     chosen = [target.strip() for target in targets.split(',')]
     if not set(chosen) <= set(MATRICES):
         raise UserError(f'lora_targets={targets!r} may name {", ".join(MATRICES)}')
@@ -53,26 +55,29 @@ def add_lora(model, rank, alpha, dropout=0.0, targets=ALL, quantize='none'):
     for block in model.h:
         for matrix in MATRICES:
             layer = block.get_submodule(matrix)
-            layer = to_nf4(layer) if quantize == 'nf4' else layer
-            layer = LoRA(layer, rank, alpha, dropout) if matrix in chosen else layer
+            if quantize == 'nf4':
+                layer = to_nf4(layer)
+            if matrix in chosen:
+                layer = LoRA(layer, rank, alpha, dropout)
             block.set_submodule(matrix, layer)
     model.lora = {'rank': rank, 'alpha': alpha, 'targets': targets}
 
 
 def to_nf4(linear):
-    """-> the layer with its matrix in 4 bits (NF4, its constants quantised too: Dettmers et al. 2023)."""
+    """-> the layer with its matrix in 4 bits (NF4), the quantization constants quantized too."""
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
         raise UserError("quantize='nf4' needs a package: pip install bitsandbytes==0.50.2") from error
-    layer = Linear4bit(linear.in_features, linear.out_features, quant_type='nf4', compress_statistics=True, device='meta')
-    layer.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type='nf4', compress_statistics=True)
+    options = {'quant_type': 'nf4', 'compress_statistics': True}
+    layer = Linear4bit(linear.in_features, linear.out_features, device='meta', **options)
+    layer.weight = Params4bit(linear.weight.data, requires_grad=False, **options)
     layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = False  # the form it packs into when it meets eval() has no backward
+    layer.support_avx512bf16_for_cpu = False  # the form into which eval() packs the weights has no backward
     return layer.to(linear.weight.device)
 
 
-def dense(weight):
+def dequantize(weight):
     """-> the matrix of a linear layer (out, in), unpacked if it is in 4 bits."""
     if hasattr(weight, 'quant_state'):
         from bitsandbytes.functional import dequantize_4bit
@@ -80,42 +85,47 @@ def dense(weight):
     return weight
 
 
-def plain_state(model):
-    """The state dict in GPT-2's names, fp32 on the CPU: LoRA merged, 4 bits unpacked, shards gathered (on every process)."""
-    state = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRA):
-            state |= {f'{name}.weight': module.merged(), f'{name}.bias': module.base.bias}
-        elif hasattr(module, 'weight') and not name.endswith('.base'):
-            state[f'{name}.weight'] = dense(module.weight)
-            if getattr(module, 'bias', None) is not None:
-                state[f'{name}.bias'] = module.bias
-    return {name: whole(p) for name, p in state.items()}
-
-
-def whole(tensor):
+def gather(tensor):
+    """-> the tensor on the CPU, whole: the shards of all processes put together."""
     return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().cpu()
 
 
+def merged_state_dict(model):
+    """
+    -> the state dict in GPT-2's names, fp32 on the CPU: LoRA merged, 4 bits unpacked, shards gathered. Under
+    FSDP every process must call it.
+    """
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            state[f'{name}.weight'], state[f'{name}.bias'] = module.merged_weight(), module.base.bias
+        elif hasattr(module, 'weight') and not name.endswith('.base'):
+            state[f'{name}.weight'] = dequantize(module.weight)
+            if getattr(module, 'bias', None) is not None:
+                state[f'{name}.bias'] = module.bias
+    return {name: gather(tensor) for name, tensor in state.items()}
+
+
 def save_adapter(model, path, about, write=True):
-    """A and B alone, as safetensors, with what they fit in the metadata. Shards are gathered; one process writes."""
+    """Write A and B as safetensors, what they fit in its metadata. Every process gathers, one writes."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise UserError('adapter.safetensors needs a package: pip install safetensors') from error
-    state = {name: whole(p).contiguous() for name, p in model.named_parameters() if name[-2:] in ('.A', '.B')}
-    meta = {key: json.dumps(value) for key, value in (about | {'lora': model.lora}).items()}
+    adapters = [(name, p) for name, p in model.named_parameters() if name.endswith(('.A', '.B'))]
+    state = {name: gather(p).contiguous() for name, p in adapters}
+    metadata = {key: json.dumps(value) for key, value in (about | {'lora': model.lora}).items()}
     if write:
-        write_aside(path, lambda file: file.write(save(state, meta)), 'wb')
+        atomic_write(path, lambda file: file.write(save(state, metadata)), 'wb')
 
 
 def load_adapter(model, path):
-    """Put the adapter of save_adapter onto the model it was made for. Raises UserError if it fits another one."""
+    """Put the adapter of save_adapter onto the model it was made for. UserError if it fits another one."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, 'pt') as file:
-            about, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-        about = {key: json.loads(about[key]) for key in ('lora', 'model', 'init_from')}
+            metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        about = {key: json.loads(metadata[key]) for key in ('lora', 'model', 'init_from')}
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UserError(f'{path} is not an adapter: {error}') from error
     shape = asdict(model.config) | {'dropout': about['model']['dropout']}

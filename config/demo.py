@@ -11,14 +11,14 @@ dataset = 'demo'
 source = 'data/demo.json'
 out_dir = 'out/demo'
 init_from = 'scratch'
-# five million weights, nearly all of them GPT-2's vocabulary; its output layer is most of the time too, so width is what
-# costs, and layers are cheap
+# five million weights, nearly all of them GPT-2's vocabulary; its output layer is most of the time too, so
+# width is what costs, and layers are cheap
 n_layer = 3
 n_head = 4
 n_embd = 96
 block_size = 128
 dropout = 0.0
-# from scratch the first thing to learn is to copy the right word: that takes many small steps, and a high rate
+# from scratch the first thing to learn is to copy the right word: many small steps, and a high rate
 batch_size = 16
 epochs = 9
 learning_rate = 6e-3

@@ -1,5 +1,5 @@
 """
-The demo's model learns a family of tasks that was held back from it, with LoRA or with all weights (after `make demo`):
+After `make demo`: its model learns a family of tasks that was held back from it, with LoRA or all weights.
 
     python prepare.py config/demo_lora.py
     python train.py   config/demo_lora.py

@@ -1,5 +1,6 @@
 """
-The reference run: GPT-2 Medium (355M) on the 1,100 rows of "Build a Large Language Model From Scratch", chapter 7.
+The reference run: GPT-2 Medium (355M) on the 1,100 rows of chapter 7, "Build a Large Language Model From
+Scratch".
 
     python prepare.py config/sft_medium.py
     python train.py   config/sft_medium.py

@@ -7,7 +7,7 @@ Every performance figure that the README quotes, as Markdown tables; with peers,
 
 Weights are random: time does not depend on them. What is compared runs in turns, A B C A B C, each in a process of its own,
 and the median is shown; x is the time relative to ours. Peers run both as torch comes, which is how their users run them,
-and with the settings of cpu.py, which are ours. Linux (peak memory is read from /proc).
+and with config's keep_freed_memory, which the stages call. Linux (peak memory is read from /proc).
 """
 import argparse
 import contextlib
@@ -26,16 +26,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-if '--as-torch-comes' not in sys.argv:
-    import cpu  # noqa: E402, F401 (before torch, as in the stages)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 import prepare  # noqa: E402
-from batch import IGNORE, make_batch  # noqa: E402
+from config import keep_freed_memory  # noqa: E402
 from lora import add_lora  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from prepare import IGNORE, make_batch  # noqa: E402
 
 SHAPES = {  # layers, heads, width
     'tiny': (4, 4, 256), 'small': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600),
@@ -44,7 +43,7 @@ FORMS = {
     'plain': 'padded, full logits', 'padded': 'padded, logits of answers only', 'packed': 'packed',
     'prefix': 'packed, the shared prefix once', 'bare': 'the matrix products of the last and AdamW, alone',
 }
-AS_TORCH_COMES = '--as-torch-comes',  # without the settings of cpu.py
+AS_TORCH_COMES = '--as-torch-comes',  # without keep_freed_memory
 
 
 def table(title, header, rows):
@@ -135,8 +134,7 @@ def stepper(model, optimizer, batches, form):
 
     def update(*_):
         if form != 'plain':  # for the log
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            torch.nn.utils.get_total_norm([torch.linalg.vector_norm(grad, dim=-1) for grad in grads])
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
 
@@ -161,12 +159,11 @@ def stepper(model, optimizer, batches, form):
 def products(model, batch):
     """
     -> (weights, positions) of the matrix products of a step, a list a block and one of the output layer: the positions of the
-    batch; the supervised ones alone in the output layer, and in the last block behind c_attn.
+    batch; the supervised ones alone in the output layer.
     """
     _, targets, _, segments = batch
     everywhere, supervised = int((segments >= 0).sum()), int((targets != IGNORE).sum())
     parts = [[(p, everywhere) for p in block.parameters() if p.dim() == 2] for block in model.h]
-    parts[-1][1:] = [(p, supervised) for p, _ in parts[-1][1:]]
     return parts + [[(model.wte.weight, supervised)]]
 
 
@@ -360,14 +357,14 @@ def bench_growth(args, data):
 
 
 def bench_cpu(args, data):
-    """What cpu.py changes: the same child with and without it, in turns."""
+    """What keep_freed_memory changes: the same child with and without it, in turns."""
     rows = []
     for what, more in (('step', 'prefix'), ('generate', 110))[:1 if args.quick else 2]:
         turns = [(child(what, args.size, more, flags=AS_TORCH_COMES), child(what, args.size, more))
                  for _ in range(1 if args.quick else args.turns)]
-        for name, results in zip(('as torch comes', 'with cpu.py'), zip(*turns)):
+        for name, results in zip(('as torch comes', 'keep_freed_memory'), zip(*turns)):
             rows.append((what, name, two(statistics.median(r['seconds'] for r in results)), two(results[0]['peak'] / 1e9)))
-    table(f'cpu.py, {args.size}', ('what', 'settings', 's', 'peak GB'), rows)
+    table(f'keep_freed_memory, {args.size}', ('what', 'settings', 's', 'peak GB'), rows)
 
 
 def bench_lora(args, data):
@@ -385,8 +382,7 @@ def bench_lora(args, data):
 def child(what, size, *more, flags=()):
     """-> {'seconds': median, 'peak': bytes, ...} of one thing in a process of its own, on the same data."""
     command = [sys.executable, __file__, f'--data={child.data}', f'--child={",".join(map(str, (what, size, *more)))}', *flags]
-    settings = {'THP_MEM_ALLOC_ENABLE': '1'} if what == 'step' and not flags else {}  # as in train.py
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**settings, **os.environ}).stdout
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -448,7 +444,7 @@ def main():
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
     parser.add_argument('--turns', type=int, default=3, help='times that peers are measured')
     parser.add_argument('--quick', action='store_true', help='a tiny model, few turns, no peers')
-    parser.add_argument('--as-torch-comes', action='store_true', help='without the settings of cpu.py')
+    parser.add_argument('--as-torch-comes', action='store_true', help='without keep_freed_memory')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'cpu', 'judge'))
@@ -456,6 +452,8 @@ def main():
     data = read_data(args.data)
     child.data = args.data
     if args.child:
+        if not args.as_torch_comes:
+            keep_freed_memory()
         return run_child(data, *args.child.split(','))
     processor = platform.processor()
     if Path('/proc/cpuinfo').exists():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ['OMP_NUM_THREADS'] = '1'  # tests run beside each other; and another number of threads rounds otherwise
+os.environ.pop('PYTHONUNBUFFERED', None)  # users seldom set it, and must see the lines of a log as they come
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -4,7 +4,7 @@ A judge's server for tests: Ollama's API and /v1/chat/completions, with every fa
     python tests/fake_judge.py      # prints its port, answers {"score": 50} to everything
 
 server.scripts: {a text in the prompt: [what to do at each asking of it, the last for all further ones]}; what to do is a
-text to answer with, a status to fail with, or 'STALL', 'LENGTH', 'MIDSTREAM', 'DROP', 'NOTHING', 'ECHO KEY'. What no
+text to answer with, a status to fail with, or 'STALL', 'LENGTH', 'MIDSTREAM', 'BREAK', 'DROP', 'NOTHING', 'ECHO KEY'. What no
 script names is for server.opinion(prompt) to answer.
 """
 import difflib
@@ -33,7 +33,7 @@ class FakeJudge(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.opinion, self.forms = opinion, forms
         self.models = {'llama3:latest': 'd1'} if models is None else models
-        self.version, self.key, self.delay = '0.9.0', '', 0.0
+        self.version, self.key, self.delay, self.retry_after = '0.9.0', '', 0.0, ''
         self.scripts, self.asked, self.paths, self.lock = {}, [], [], threading.Lock()
         self.url = f'http://127.0.0.1:{self.server_port}'
 
@@ -70,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header('Content-Type', 'application/json')
         self.send_header('Content-Length', str(len(data)))
+        if status in (429, 503) and self.server.retry_after:
+            self.send_header('Retry-After', self.server.retry_after)
         self.end_headers()
         self.wfile.write(data)
 
@@ -109,6 +111,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         if act == 'MIDSTREAM':
             return self.send(200, b'{"message": {"content": "{"}, "done": false}\n{"error": "the runner stopped"}\n')
+        if act == 'BREAK':  # of the announced body only the beginning comes
+            self.send_response(200)
+            self.send_header('Content-Length', '100')
+            self.end_headers()
+            self.wfile.write(b'{"message": {"con')
+            self.close_connection = True
+            return
         if act == 'ECHO KEY':
             return self.send(400, {'error': {'message': f'incorrect key {self.headers.get("Authorization")}'}})
         if isinstance(act, int):

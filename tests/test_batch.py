@@ -5,9 +5,8 @@ import torch
 from conftest import ROWS
 from torch.nn import functional as F
 
-from batch import IGNORE, cut, make_batch, packed_attention
-from model import GPT, GPTConfig
-from prepare import EOS, encode_prompt, get_tokenizer
+from model import GPT, GPTConfig, segment_mask
+from prepare import EOS, IGNORE, encode_prompt, get_tokenizer, make_batch
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)
 
@@ -131,27 +130,14 @@ def test_naive_packing_is_another_function(model, data):
     assert abs(right - naive) > 1e-3
 
 
-def test_rows_are_cut_between_segments():
-    """Behind no position that one after it sees, but for the prefix; short segments stay together."""
-    assert cut([0] * 5 + [1] * 80 + [2] * 3 + [3] * 70 + [-1] * 9) == (5, [85, 73, 9])
-    assert cut([1] * 70 + [2] * 80) == (0, [70, 80])
-    assert cut([0] * 9) == (9, [9])
-    assert cut([0] * 2 + [1] * 70 + [2] * 70 + [1] * 70 + [4] * 70) == (2, [212, 70])  # 1 comes again
-    assert cut([0] * 2 + [1] * 70 + [2] * 20 + [0] + [3] * 70 + [4] * 70) == (2, [72, 161])  # all see that 0
-
-
-@pytest.mark.parametrize('whole', [True, False])
-def test_attention_of_segments(monkeypatch, whole):
-    """Any segments, in two rows at once, against sums over each query's keys; whole, as off the CPU, and cut."""
+def test_attention_of_segments():
+    """Any segments, in two rows at once, against sums over each query's keys."""
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: whole)
-    monkeypatch.setattr('batch.PART', 32)
     rows = [[0] * 5 + [1] * 40 + [2] * 3 + [3] * 45 + [-1] * 7, [1] * 40 + [2] * 60, [0] * 100, list(range(100)),
             [0] * 3 + [1] * 40 + [2] * 20 + [0] * 2 + [1] * 35, [1, 2] * 20 + [3] * 40 + [1] * 20]
     for segments in torch.tensor(list(zip(rows, rows[1:] + rows[:1]))):
         q, k, v = torch.randn(3, 2, 4, 100, 8, dtype=torch.float64)
-        found = packed_attention(segments)(q, k, v)
-        assert found.shape == q.shape
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=segment_mask(segments))
         for b, t in np.ndindex(2, 100):
             keys = [s for s in range(t + 1) if segments[b, s] in (0, segments[b, t])]
             weights = torch.einsum('hc,hsc->hs', q[b, :, t], k[b, :, keys]).div(8 ** 0.5).softmax(1)
@@ -186,7 +172,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(model, data, size, packing
     """Sums over batches, a short last one included, divided once: FACTS' mean of means."""
     train = data('train')
     numbers = np.arange(11)
-    total = sum(model(*tensors(make_batch(train, numbers[i:i + size], packing))[:4 if packing else 3], denominator=1)[1].item()
+    total = sum(model(*tensors(make_batch(train, numbers[i:i + size], packing))[:4 if packing else 3], loss_reduction='sum')[1].item()
                 for i in range(0, 11, size))
     reference, count = reference_loss(model, train, numbers)
     assert total / count == pytest.approx((reference / count).item(), rel=1e-9)
@@ -200,7 +186,7 @@ def test_accumulation_is_one_step(model, data, micro):
     whole, gradients = loss_and_gradients(model, make_batch(train, numbers))
     model.zero_grad()
     count = (make_batch(train, numbers)[1] != IGNORE).sum()
-    parts = [model(*tensors(make_batch(train, chunk)), denominator=count)[1] for chunk in np.array_split(numbers, micro)]
+    parts = [model(*tensors(make_batch(train, chunk)), loss_reduction='sum')[1] / count for chunk in np.array_split(numbers, micro)]
     for part in parts:
         part.backward()
     assert sum(parts).item() == pytest.approx(whole, rel=1e-6)
@@ -221,7 +207,7 @@ def test_many_supervised_tokens_in_chunks(model, data, monkeypatch):
     train = data('train')
     batch = make_batch(train, range(8), True, 'all')
     loss, gradients = loss_and_gradients(model, batch)
-    monkeypatch.setattr(module, 'CHUNK', 50)
+    monkeypatch.setattr(module, 'LOGITS_CHUNK', 50)
     chunked, others = loss_and_gradients(model, batch)
     assert chunked == pytest.approx(loss, rel=1e-9)
     for a, b in zip(gradients, others):
@@ -233,7 +219,7 @@ def test_many_supervised_tokens_under_autocast(model, data, monkeypatch):
     model, batch = model.float(), make_batch(data('train'), range(8), True, 'all')
     with torch.autocast('cpu', torch.bfloat16):
         loss, gradients = loss_and_gradients(model, batch)
-        monkeypatch.setattr(module, 'CHUNK', 50)
+        monkeypatch.setattr(module, 'LOGITS_CHUNK', 50)
         chunked, others = loss_and_gradients(model, batch)
     assert chunked == pytest.approx(loss, rel=1e-5)
     for a, b in zip(gradients, others):
@@ -244,7 +230,7 @@ def test_each_loss_row_by_row(model, data):
     train = data('val')
     numbers = range(3)
     batch = tensors(make_batch(train, numbers, packing=False))[:3]
-    losses = model(*batch, each=True)[1].split((batch[1] != IGNORE).sum(1).tolist())
+    losses = model(*batch, loss_reduction='none')[1].split((batch[1] != IGNORE).sum(1).tolist())
     for n, part in zip(numbers, losses):
         total, count = reference_loss(model, train, [n])
         assert len(part) == count and part.sum().item() == pytest.approx(total.item(), rel=1e-6)

@@ -1,13 +1,11 @@
 """Generation: batches, the cache and the scheduling change nothing about the answers."""
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model as model_module
-from batch import IGNORE
-from config import UserError
-from model import GPT, GPTConfig
+from model import GPT, IGNORE, GPTConfig, ModelError
 
 BLOCK, VOCAB, NEW = 64, 97, 20
 PREFIX = [5, 6, 7, 8]
@@ -59,51 +57,85 @@ def test_rows_end_at_differing_times(model, prompts, cache_bytes):
     assert model.generate(prompts, NEW, eos=eos, cache_bytes=cache_bytes) == expected
 
 
-def test_rows_that_outgrow_the_memory_are_computed_anew(model, prompts, monkeypatch):
-    monkeypatch.setattr(model_module, 'STEP', 4)  # so that the room which admission leaves is used up many times
-    admissions = []
-    admit = model_module.Cache.admit
-    monkeypatch.setattr(model_module.Cache, 'admit', lambda *args: admissions.append(len(args[1])) or admit(*args))
-    expected = [naive(model, p) for p in prompts]
-    assert model.generate(prompts, NEW, eos=-1, cache_bytes=2 * 3 * 64 * 4 * 100) == expected  # 100 positions
-    assert sum(admissions) > len(prompts) + 1  # more than once each, and the prefix
+def rows_of(prompts, limit=BLOCK):
+    """-> rows as generate makes them, the longest first."""
+    return [SimpleNamespace(ids=list(p), limit=limit) for p in sorted(prompts, key=len, reverse=True)]
 
 
-def test_small_packs_and_spans(model, prompts, monkeypatch):
+def test_rows_that_do_not_fit_wait(model, prompts, monkeypatch):
+    """With room for three rows at their full length, no more are ever in the cache, and slots are used again."""
+    monkeypatch.setattr(model_module, 'CACHE_GROWTH', 4)  # so that the cache grows many times
+    sizes = []
+    decode_step = model_module.KVCache.decode_step
+    monkeypatch.setattr(model_module.KVCache, 'decode_step', lambda self: sizes.append(len(self.rows)) or decode_step(self))
     expected = [naive(model, p) for p in prompts]
-    monkeypatch.setattr(model_module, 'PACK', 16)
-    monkeypatch.setattr(model_module, 'SPAN', 3)
+    position_bytes = 2 * 3 * 64 * 4  # keys and values of 3 layers, 64 channels, fp32
+    assert model.generate(prompts, NEW, eos=-1, cache_bytes=3.5 * position_bytes * (BLOCK - 4)) == expected
+    assert max(sizes) == 3 and len(sizes) > 2 * NEW  # not all at once
+
+
+def test_small_chunks_and_tiles(model, prompts, monkeypatch):
+    expected = [naive(model, p) for p in prompts]
+    monkeypatch.setattr(model_module, 'PREFILL_CHUNK', 16)
+    monkeypatch.setattr(model_module, 'ROW_TILE', 3)
     assert model.generate(prompts, NEW, eos=-1) == expected
 
 
 @torch.no_grad()
-def test_cached_logits_equal_uncached(model, prompts, monkeypatch):
-    rows = [p for p in prompts if len(p) + 5 <= BLOCK]
-    cache = model_module.Cache(model, PREFIX, 1e9)
-    logits = cache.admit(rows)
+def test_cached_logits_equal_uncached(model, prompts):
+    rows = rows_of([p for p in prompts if len(p) + 5 <= BLOCK])
+    cache = model_module.KVCache(model, rows, 1e9)
+    assert cache.P == 4
+    logits = cache.prefill(rows)
     for _ in range(5):
         for row, got in zip(rows, logits):
-            torch.testing.assert_close(got, model(torch.tensor([row]))[0][0, -1], atol=1e-4, rtol=0)
+            torch.testing.assert_close(got, model(torch.tensor([row.ids]))[0][0, -1], atol=1e-4, rtol=0)
             assert got.isfinite().all()
-        rows = [row + [int(got.argmax())] for row, got in zip(rows, logits)]
-        logits = cache.step(rows)
+            row.ids.append(int(got.argmax()))
+        logits = cache.decode_step()
+
+
+@torch.no_grad()
+def test_rows_join_and_leave_between_steps(model, prompts):
+    """The machinery that generate schedules: prefill beside rows that decode, evict from the middle."""
+    rows = rows_of(prompts[:6])
+    cache = model_module.KVCache(model, rows, 1e9)
+    latest = {}
+
+    def feed(batch, logits):
+        for row, got in zip(batch, logits):
+            torch.testing.assert_close(got, model(torch.tensor([row.ids]))[0][0, -1], atol=1e-4, rtol=0)
+            row.ids.append(int(got.argmax()))
+            latest[id(row)] = len(row.ids)
+
+    feed(rows[:2], cache.prefill(rows[:2]))
+    feed(list(cache.rows), cache.decode_step())
+    feed(rows[2:5], cache.prefill(rows[2:5]))
+    cache.evict(rows[1])
+    cache.evict(rows[4])  # the last slot
+    feed(list(cache.rows), cache.decode_step())
+    feed(rows[5:], cache.prefill(rows[5:]))
+    feed(list(cache.rows), cache.decode_step())
+    assert {id(row) for row in cache.rows} == {id(rows[i]) for i in (0, 2, 3, 5)} and len(latest) == 6
 
 
 @torch.no_grad()
 def test_double_precision(model, prompts):
     double = GPT(model.config).double()
     double.load_state_dict(model.state_dict())
-    logits = model_module.Cache(double, PREFIX, 1e9).admit(prompts[:3])
-    expected = torch.stack([double(torch.tensor([p]))[0][0, -1] for p in prompts[:3]])
+    rows = rows_of(prompts[:3])
+    logits = model_module.KVCache(double, rows, 1e9).prefill(rows)
+    expected = torch.stack([double(torch.tensor([row.ids]))[0][0, -1] for row in rows])
     torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('autocast', [False, True])
-def test_bfloat16(model, prompts, autocast):
+def test_half_precision(model, prompts, autocast, dtype):
     half = GPT(model.config)
     half.load_state_dict(model.state_dict())
-    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        answers = (half if autocast else half.bfloat16()).generate(prompts, NEW, eos=-1)
+    with torch.autocast('cpu', dtype, enabled=autocast):
+        answers = (half if autocast else half.to(dtype)).generate(prompts, NEW, eos=-1)
     assert [len(ids) for ids in answers] == [min(NEW, BLOCK - len(p)) for p in prompts]
     first = [naive(model, p, 1) for p in prompts]
     assert sum(a[:1] == b for a, b in zip(answers, first)) > len(prompts) // 2
@@ -141,7 +173,7 @@ def test_samples_follow_the_probabilities(model, prompts):
     logits = torch.tensor([[1.0, 3.0, -1.0, 2.0]]).expand(2000, 4)
     uniform = [(i + 0.5) / 2000 for i in range(2000)]
     for top_k, kept in ((0, [0, 1, 2, 3]), (2, [1, 3])):
-        counts = torch.bincount(torch.tensor(model_module.pick(logits, 0.7, top_k, uniform)), minlength=4) / 2000
+        counts = torch.bincount(torch.tensor(model_module.sample_tokens(logits, 0.7, top_k, uniform)), minlength=4) / 2000
         expected = torch.zeros(4)
         expected[kept] = (logits[0, kept] / 0.7).softmax(0)
         torch.testing.assert_close(counts, expected, atol=1e-3, rtol=0)
@@ -170,7 +202,7 @@ def test_one_prompt_equal_prompts_and_none(model, prompts):
 
 @pytest.mark.parametrize('bad', [[], [1] * BLOCK])
 def test_prompts_without_ids_or_room(model, prompts, bad):
-    with pytest.raises(UserError, match='prompt 1 has'):
+    with pytest.raises(ModelError, match='prompt 1 has'):
         model.generate([prompts[0], bad], NEW)
     assert len(model.generate([[1] * (BLOCK - 1)], NEW, eos=-1)[0]) == 1
 
@@ -191,8 +223,8 @@ def test_model_is_left_as_it_was(model, prompts):
 
 
 @pytest.mark.parametrize('supervised', [True, False])
-def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supervised):
-    """wte's gradient, as embedding and as output layer, over two micro-batches; the last block, where all is asked of it."""
+def test_gradients_are_those_of_full_logits(model, prompts, supervised):
+    """wte's gradient, as embedding and as output layer, over two micro-batches; with and without targets."""
     ids = torch.tensor([prompts[3], prompts[3][::-1]])
     targets = ids[:, 1:].clone()
     targets[:, :5] = IGNORE
@@ -200,8 +232,6 @@ def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supe
     for plain in (False, True):
         other = GPT(model.config).double()
         other.load_state_dict(model.state_dict())
-        if plain:
-            monkeypatch.setattr(model_module.TiedEmbedding, 'apply', lambda wte, idx: (torch.nn.functional.embedding(idx, wte), wte))
         for row, target in zip(ids, targets):
             if supervised and not plain:
                 loss = other(row[None, :-1], target[None])[1]
@@ -213,41 +243,47 @@ def test_gradients_are_those_of_plain_autograd(model, prompts, monkeypatch, supe
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-10, rtol=1e-10, msg=name)
 
 
-def test_gradients_do_not_depend_on_the_threads():
-    """Several threads add to the same rows of wte, which the prompts share, in the same order every time."""
-    draw = torch.Generator().manual_seed(0)
-    ids, rows = torch.randint(9, (1, 600), generator=draw), torch.randn(1, 600, 768, generator=draw)
-    threads, found = torch.get_num_threads(), []
+def test_gradients_do_not_depend_on_the_run(model):
+    """Several threads add to the same rows of wte, which all prompts share: in the same order every time."""
+    draw, threads, found = torch.Generator().manual_seed(0), torch.get_num_threads(), []
+    ids = torch.randint(9, (8, 60), generator=draw)
     torch.set_num_threads(4)
     for _ in range(10):
-        wte = torch.zeros(9, 768, requires_grad=True)
-        tokens, weight = model_module.TiedEmbedding.apply(wte, ids)
-        ((tokens * rows).sum() + (weight * rows[0, :9]).sum()).backward()
-        found.append(wte.grad)
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        found.append(model.wte.weight.grad.clone())
     torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found)
-    expected = torch.stack([rows[0, i] + rows[0, ids[0] == i].double().sum(0) for i in range(9)])
-    torch.testing.assert_close(found[0].double(), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize('gelu', [False, True])
-@pytest.mark.parametrize('positions', [37, model_module.SLOTS + 1])
-def test_the_linear_layer_of_generation(gelu, positions):
-    """oneDNN's product, taken in inference mode, is MKL's, and its GELU OpenAI's; in all other cases it is not taken."""
-    draw = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize('positions', [37, model_module.MAX_ROWS + 1])
+@pytest.mark.parametrize('onednn', [True, False])
+def test_the_linear_layer_of_generation(positions, onednn, monkeypatch):
+    """oneDNN's product, taken in inference mode, equals MKL's; in other cases, or without oneDNN, it is not taken."""
+    calls = []
+    product = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise', lambda *args: calls.append(1) or product(*args))
+    monkeypatch.setattr(model_module, 'ONEDNN', onednn and model_module.ONEDNN)
+    draw, linear = torch.Generator().manual_seed(0), model_module.linear
     x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, positions, 96), (160, 96), (160,)))
-
-    def expected(y):
-        y = y.double()
-        return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))) if gelu else y).float()
-
-    whole, unbiased = expected(x @ weight.t() + bias), expected(x @ weight.t())
-    torch.testing.assert_close(model_module.linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
+    expected, unbiased = (x.double() @ weight.double().t() + bias).float(), (x.double() @ weight.double().t()).float()
+    torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-5, rtol=1e-5)
+    assert not calls
     with torch.inference_mode():
-        torch.testing.assert_close(model_module.linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model_module.linear(x, weight, gelu=gelu), unbiased, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linear(x, weight), unbiased, atol=1e-5, rtol=1e-5)
+        assert bool(calls) == (onednn and positions <= model_module.MAX_ROWS and torch.backends.mkldnn.is_available())
+        calls.clear()
         with torch.autocast('cpu', torch.bfloat16):
-            assert model_module.linear(x, weight, bias, gelu).dtype == torch.bfloat16
-        double = model_module.linear(x.double(), weight.double(), bias.double(), gelu)
-        assert double.dtype == torch.float64
-        torch.testing.assert_close(double.float(), whole, atol=1e-5, rtol=1e-5)
+            assert linear(x, weight, bias).dtype == torch.bfloat16
+        double = linear(x.double(), weight.double(), bias.double())
+        assert double.dtype == torch.float64 and not calls
+        torch.testing.assert_close(double.float(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('top_k', [0, 3])
+def test_a_uniform_number_that_rounds_to_1(top_k):
+    """The largest number below 1 is 1 in fp32: the last id with a probability is chosen, not one past the vocabulary."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 1.5, -1.0]]).repeat(3, 1)
+    chosen = model_module.sample_tokens(logits, 1.0, top_k, [1 - 2 ** -53, 1 - 2 ** -30, 0.0])
+    assert all(0 <= i < 5 for i in chosen) and chosen[2] == (2 if top_k else 0)

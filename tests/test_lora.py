@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from config import UserError
-from lora import LoRA, add_lora, load_adapter, plain_state, save_adapter
+from lora import LoRA, add_lora, load_adapter, merged_state_dict, save_adapter
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=300, block_size=64)
@@ -51,9 +51,9 @@ def test_merged_is_the_same_function(model, quantize):
     add_lora(model, 4, 8.0, targets='attn.c_proj,mlp.c_fc', quantize=quantize)
     logits = trained(model)(IDS)[0]
     merged = GPT(CONFIG)
-    merged.load_state_dict(plain_state(model))
+    merged.load_state_dict(merged_state_dict(model))
     torch.testing.assert_close(merged(IDS)[0], logits, rtol=1e-5, atol=1e-5)
-    assert list(plain_state(model)) == order and (logits - before).abs().max() > 0.01
+    assert list(merged_state_dict(model)) == order and (logits - before).abs().max() > 0.01
 
 
 def test_an_independent_computation(model):
@@ -72,7 +72,7 @@ def test_generation_serves_it(model):
     add_lora(model, 4, 8.0)
     trained(model)
     merged = GPT(CONFIG)
-    merged.load_state_dict(plain_state(model))
+    merged.load_state_dict(merged_state_dict(model))
     prompts = [[1, 2, 3], [1, 2, 9, 8, 7]]
     assert model.generate(prompts, 10, eos=-1) == merged.generate(prompts, 10, eos=-1)
 

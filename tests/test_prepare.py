@@ -177,13 +177,12 @@ def test_tokenizer_needs_no_network(tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    from config import UserError
-    from files import write_aside, write_json
+    from config import UserError, atomic_write, write_json
     write_json(tmp_path / 'x.json', 1)
 
     def fail(file):
         file.write('half')
         raise OSError(28, 'No space left on device')
     with pytest.raises(UserError, match='No space left on device'):
-        write_aside(tmp_path / 'x.json', fail)
+        atomic_write(tmp_path / 'x.json', fail)
     assert json.loads((tmp_path / 'x.json').read_text()) == 1 and len(list(tmp_path.iterdir())) == 1

@@ -7,8 +7,7 @@ import subprocess
 
 import pytest
 
-from metrics import interval, paired
-from report import read_curves, thinned, write_report
+from judge import compare, mean_interval, read_curves, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 HOSTILE = ('</script><script>document.title = "hacked"</script>'
@@ -21,24 +20,24 @@ def make_scores(n=90):
     rows = [{'row': {'instruction': f'Task {k}: name a tree.', 'input': 'wood' if k % 2 else '',
                      'output': f'reference {k}', 'model_response': f'answer {k}', 'truncated': k == 8,
                      'family': 'trees' if k % 3 else 'odd ones'},
-             'run': {'status': 'scored', 'score': value, 'scores': [value], 'words': [f'verdict {k}'], 'exact': k == 5,
+             'run': {'status': 'scored', 'score': value, 'scores': [value], 'judge_replies': [f'verdict {k}'], 'exact': k == 5,
                      'rouge_l': value},
-             'baseline': {'status': 'scored', 'score': low, 'scores': [low], 'words': ['meh'], 'replies': [f'earlier {k}']}}
+             'baseline': {'status': 'scored', 'score': low, 'scores': [low], 'judge_replies': ['meh'], 'replies': [f'earlier {k}']}}
             for k, (value, low) in enumerate(zip(values, befores))]
     rows[3]['row']['model_response'] = rows[3]['row']['instruction'] = HOSTILE
-    rows[4]['run'] = {'status': 'failed', 'score': None, 'scores': [], 'words': [], 'fault': 'HTTP 503: busy',
+    rows[4]['run'] = {'status': 'failed', 'score': None, 'scores': [], 'judge_replies': [], 'fault': 'HTTP 503: busy',
                       'exact': False, 'rouge_l': 0}
     rows[6]['row']['model_response'] = ''
     counts = {'scored': n - 1, 'empty': 0, 'failed': 1}
-    group = {'score': interval([90, 100, 95], 1), 'scored': 3, 'empty': 0, 'failed': 0}
+    group = {'score': mean_interval([90, 100, 95]), 'scored': 3, 'empty': 0, 'failed': 0}
     return {
         'format': 1, 'config': {'baseline': '', 'out_dir': 'out'}, 'predictions': 'out/a.json',
         'compared_with': 'out/b.json', 'judge': {'kind': 'ollama', 'model': 'llama3', 'version': '0.9.0', 'digest': 'd'},
         'style': 'score', 'scale': [0, 100],
-        'metrics': {'all': {'ROUGE-L': {'run': interval(values, 1), 'baseline': interval(befores, 1),
-                                        'difference': interval(values, 2)}}},
-        'summary': {'run': counts | {'score': interval(values, 1)}, 'baseline': counts | {'score': interval(befores, 1)}},
-        'paired': paired([a - b for a, b in zip(values, befores)], 1), 'faults': ['HTTP 503: busy'], 'rows': rows,
+        'metrics': {'all': {'ROUGE-L': {'run': mean_interval(values), 'baseline': mean_interval(befores),
+                                        'difference': mean_interval(values)}}},
+        'summary': {'run': counts | {'score': mean_interval(values)}, 'baseline': counts | {'score': mean_interval(befores)}},
+        'paired': compare([a - b for a, b in zip(values, befores)]), 'faults': ['HTTP 503: busy'], 'rows': rows,
         'calibration': {'groups': {'ceiling': group, 'floor': group, 'swaying': group, 'empty': group}, 'told_apart': .5,
                         'findings': ['floor and ceiling overlap']},
     }
@@ -53,7 +52,7 @@ def page(tmp_path_factory):
             if step % 10 == 0:
                 log.write(json.dumps({'step': step, 'train_loss': 2, 'val_loss': 3 - step / 30}) + '\n')
         log.write('{"step": 50, "lo')
-    write_report(folder / 'report.html', make_scores(), folder / 'log.jsonl')
+    write_report(folder / 'report.html', make_scores(), read_curves(folder / 'log.jsonl'))
     return folder / 'report.html'
 
 
@@ -77,8 +76,17 @@ def test_curves(page, tmp_path):
     curves = read_curves(page.parent / 'log.jsonl')
     assert curves['train'][0] == [0, 3] and len(curves['train']) == 50 and len(curves['val']) == 5
     assert read_curves(tmp_path / 'none') == {'train': [], 'val': []}
-    many = thinned([[step, 1.0] for step in range(5000)] + [[1, float('nan')]])
-    assert len(many) <= 400 and many[0] == [6, 1.0]
+    (tmp_path / 'log.jsonl').write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0}\n{"step": 3, "val_loss": Infinity}\n{"step": 4}')
+    assert read_curves(tmp_path / 'log.jsonl') == {'train': [[2, 2.0]], 'val': []}
+
+
+@needs_chromium
+def test_a_long_curve_is_thinned_out(tmp_path):
+    """The mean of every 13 of 5,000 steps: 385 points, the first at step 6."""
+    curves = {'train': [[step, 1.0 + (step % 13 == 12)] for step in range(5000)], 'val': []}
+    write_report(tmp_path / 'report.html', make_scores(), curves)
+    points = re.search(r'class="path quiet" d="M([^"]+)"', browse(tmp_path / 'report.html'))[1].split('L')
+    assert len(points) == 385 and len({point.split(',')[1] for point in points[:-1]}) == 1
 
 
 def test_nothing_in_it_can_run_or_load(page):
@@ -149,6 +157,6 @@ def test_no_scrolling_sideways_on_a_phone(page):
 
 @needs_chromium
 def test_5200_rows(tmp_path):
-    write_report(tmp_path / 'report.html', make_scores(5200), tmp_path / 'log.jsonl')
+    write_report(tmp_path / 'report.html', make_scores(5200), read_curves(tmp_path / 'log.jsonl'))
     dom = browse(tmp_path / 'report.html', 'q=answer+51')
     assert 'of 5,200 rows' in dom and len(numbers(dom)) >= 40

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, TINY, stage
 
 from model import GPT, GPTConfig
-from prepare import decode, encode_prompt
+from prepare import detokenize, encode_prompt
 
 AFTER, BEFORE = 'instruction-data-with-response.json', 'instruction-data-with-response-before.json'
 FLAGS = '--dataset=tiny', '--out_dir=a', '--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', \
@@ -42,9 +42,9 @@ def naive(model, prompt, limit=24):
     while len(ids) < min(len(prompt) + limit, model.config.block_size):
         new = model(torch.tensor([ids]))[0][0, -1].argmax().item()
         if new == 50256:
-            return decode(ids[len(prompt):]), False
+            return detokenize(ids[len(prompt):]), False
         ids.append(new)
-    return decode(ids[len(prompt):]), True
+    return detokenize(ids[len(prompt):]), True
 
 
 def test_predictions_after_and_before(sample, tmp_path):

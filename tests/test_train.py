@@ -14,9 +14,8 @@ import torch
 from conftest import ROOT, TINY
 from torch.nn import functional as F
 
-from batch import first_targets
 from model import GPT, GPTConfig
-from prepare import read_split
+from prepare import first_targets, read_split
 
 NAME = 'gpt2-2x32-sft'
 
@@ -108,7 +107,7 @@ def test_resume_is_bit_for_bit(train, tmp_path, extra):
     # killed after its checkpoint of step 6 (past an epoch's middle): what it logged behind that is made anew
     train('--max_steps=12', *flags, '--save_interval=6', out='b')
     checkpoint = torch.load(tmp_path / 'b/ckpt.pt', weights_only=True)
-    assert checkpoint['at']['step'] == 12 and not any('_orig_mod' in key or 'module.' in key for key in checkpoint['model'])
+    assert checkpoint['progress']['step'] == 12 and not any('_orig_mod' in key or 'module.' in key for key in checkpoint['model'])
     process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=c', '--max_steps=12', *flags,
                                 '--save_interval=6', '--eval_interval=1'], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -116,7 +115,7 @@ def test_resume_is_bit_for_bit(train, tmp_path, extra):
             process.send_signal(signal.SIGKILL)
             break
     process.wait()
-    assert torch.load(tmp_path / 'c/ckpt.pt', weights_only=True)['at']['step'] == 6
+    assert torch.load(tmp_path / 'c/ckpt.pt', weights_only=True)['progress']['step'] == 6
     resumed = train('--max_steps=12', *flags, '--init_from=resume', '--save_interval=6', out='c')
     assert steps(resumed) == steps(whole)
     a, c = state(tmp_path / 'a'), state(tmp_path / 'c')
@@ -214,7 +213,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(train, tmp_path):
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2 and 'cannot write a/ckpt.pt' in process.stderr, process.stderr
     assert 'Traceback' not in process.stderr and (tmp_path / 'a/ckpt.pt').read_bytes() == before
-    assert not list((tmp_path / 'a').glob('*.aside'))
+    assert not list((tmp_path / 'a').glob('*.tmp'))
 
 
 def test_rows_without_a_target_are_refused(train, tmp_path):
@@ -233,7 +232,7 @@ def test_rows_without_a_target_are_refused(train, tmp_path):
     (['--loss_on=prompt'], "'answer', 'response', 'all'"),
     (['--decay=none'], 'decay'),
     (['--device=tpu'], 'device'),
-    (['--dtype=float16'], 'dtype'),
+    (['--dtype=float8'], "'auto', 'float32', 'bfloat16', 'float16'"),
     (['--init_from=absent/model'], 'absent/model'),
     (['--quantize=nf4'], 'lora_rank'),
     (['--lora_rank=4', '--lora_targets=wte'], 'lora_targets'),
