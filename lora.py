@@ -20,7 +20,6 @@ from config import UserError, atomic_write
 MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
 ALL_MATRICES = ','.join(MATRICES)
 
-
 class LoRA(nn.Module):
     """y = base(x) + alpha / rank * B A dropout(x). The base is frozen; B is zero at first, so y = base(x)."""
 
@@ -39,7 +38,6 @@ class LoRA(nn.Module):
     def merged_weight(self):
         """-> the one matrix (out, in) that computes the same, without the dropout."""
         return dequantize(self.base.weight) + self.B @ self.A * self.scale
-
 
 def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='none'):
     """
@@ -62,7 +60,6 @@ def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='no
             block.set_submodule(matrix, layer)
     model.lora = {'rank': rank, 'alpha': alpha, 'targets': targets}
 
-
 def to_nf4(linear):
     """-> the layer with its matrix in 4 bits (NF4), the quantization constants quantized too."""
     try:
@@ -76,7 +73,6 @@ def to_nf4(linear):
     layer.support_avx512bf16_for_cpu = False  # the form into which eval() packs the weights has no backward
     return layer.to(linear.weight.device)
 
-
 def dequantize(weight):
     """-> the matrix of a linear layer (out, in), unpacked if it is in 4 bits."""
     if hasattr(weight, 'quant_state'):
@@ -84,11 +80,9 @@ def dequantize(weight):
         return dequantize_4bit(weight, weight.quant_state)
     return weight
 
-
 def gather(tensor):
     """-> the tensor on the CPU, whole: the shards of all processes put together."""
     return (tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor).detach().cpu()
-
 
 def merged_state_dict(model):
     """
@@ -105,7 +99,6 @@ def merged_state_dict(model):
                 state[f'{name}.bias'] = module.bias
     return {name: gather(tensor) for name, tensor in state.items()}
 
-
 def save_adapter(model, path, about, write=True):
     """Write A and B as safetensors, what they fit in its metadata. Every process gathers, one writes."""
     try:
@@ -117,7 +110,6 @@ def save_adapter(model, path, about, write=True):
     metadata = {key: json.dumps(value) for key, value in (about | {'lora': model.lora}).items()}
     if write:
         atomic_write(path, lambda file: file.write(save(state, metadata)), 'wb')
-
 
 def load_adapter(model, path):
     """Put the adapter of save_adapter onto the model it was made for. UserError if it fits another one."""

@@ -36,11 +36,9 @@ ROW_TILE = 32  # rows whose attention a decode step computes at once, on a CPU
 CACHE_GROWTH = 64  # positions by which the KV cache grows
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
-
 class ModelError(Exception):
     """What the user can mend. config/__init__.py prints an error that has an exit_code in one line."""
     exit_code = 2
-
 
 class CorruptFile(ModelError):
     """A file whose content is wrong: a checksum, a size, a format or a shape says so."""
@@ -60,13 +58,13 @@ def linear(x, weight, bias=None):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
-
 class Linear(nn.Linear):
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
-
 class CausalSelfAttention(nn.Module):
+
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -84,8 +82,8 @@ class CausalSelfAttention(nn.Module):
         y = attend(q, k, v)  # (B, H, T, C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
-
 class MLP(nn.Module):
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -95,8 +93,8 @@ class MLP(nn.Module):
         # OpenAI's GELU is the tanh approximation; the exact one moves logits by 4e-4
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
 
-
 class Block(nn.Module):
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -108,7 +106,6 @@ class Block(nn.Module):
     def forward(self, x, attend):
         x = x + self.drop(self.attn(self.ln_1(x), attend))
         return x + self.drop(self.mlp(self.ln_2(x)))
-
 
 @dataclass
 class GPTConfig:
@@ -126,14 +123,13 @@ class GPTConfig:
                  (36, 1280): 'gpt2-large774M', (48, 1600): 'gpt2-xl1558M'}
         return names.get((self.n_layer, self.n_embd), f'gpt2-{self.n_layer}x{self.n_embd}')
 
-
 def segment_mask(segments):
     """segments (B, T) -> (B, 1, T, T): a query sees keys up to itself, of its own segment or segment 0."""
     queries, keys = segments[:, :, None], segments[:, None, :]
     return ((queries == keys) | (keys == 0)).tril()[:, None]
 
-
 class GPT(nn.Module):
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -396,7 +392,6 @@ class KVCache:
         x = x[torch.arange(len(last), device=self.device), last]  # (B, C)
         return linear(self.model.ln_f(x), self.model.wte.weight)
 
-
 def sample_tokens(logits, temperature, top_k, uniform):
     """logits (n, vocab) -> n ids: the likeliest, or where the cumulated probability passes uniform (n,)."""
     if temperature == 0:
@@ -423,7 +418,6 @@ def find_checkpoint(where):
     raise ModelError(f'{where} is no checkpoint, nor a folder with ckpt.pt, *-sft.pth, model.ckpt.index or '
                      f'*.safetensors; a model is {", ".join(RELEASED)}, or the path to one')
 
-
 def read_checkpoint(path):
     """-> (fields of GPTConfig, (name, tensor) pairs in GPT's names and shapes). Raises ModelError."""
     if path.suffix == '.index':
@@ -437,7 +431,6 @@ def read_checkpoint(path):
         raise ModelError(f'{path} is no *.pth, *.pt, *.index or *.safetensors; '
                          f'a model is {", ".join(RELEASED)}, or the path to one')
     return config_fields(path, fields, tensors), tensors.items()
-
 
 def config_fields(path, fields, tensors=None):
     """Fields in our, OpenAI's or Hugging Face's names, or without any the tensors -> fields of GPTConfig."""
@@ -454,11 +447,9 @@ def config_fields(path, fields, tensors=None):
             raise ValueError(f'{fields["n_head"]} heads in a width of {fields["n_embd"]}')
     return fields
 
-
 def transpose_conv1d(name, tensor):
     """OpenAI and Hugging Face store layers (in, out) -> (out, in). The square c_proj does not show it."""
     return tensor.t() if '.c_' in name and name.endswith('weight') and tensor.dim() == 2 else tensor
-
 
 @contextlib.contextmanager
 def reading(path, fault=''):
@@ -470,11 +461,9 @@ def reading(path, fault=''):
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CorruptFile(path, f'{fault} ({error})' if fault else error) from error
 
-
 def read_json(path):
     with reading(path):
         return dict(json.loads(path.read_text(encoding='utf-8')))
-
 
 def read_own(path):
     """A run's ckpt.pt, or a plain state dict with its .json beside it -> (fields, {name: tensor})."""
@@ -489,7 +478,6 @@ def read_own(path):
         return saved['model_config'], tensors
     beside = path.with_suffix('.json')
     return read_json(beside).get('model', {}) if beside.exists() else {}, tensors
-
 
 def read_safetensors(path):
     """One file, or the index of several; names with or without transformer. -> (fields, {name: tensor})."""
@@ -536,7 +524,6 @@ def masked_crc(data):
     crc = value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
-
 def varint(data, offset):
     """Seven bits a byte, low first, the eighth says that more follow -> (number, offset after it)."""
     number = shift = 0
@@ -544,7 +531,6 @@ def varint(data, offset):
         number |= (data[offset] & 127) << shift
         offset, shift = offset + 1, shift + 7
     return number | data[offset] << shift, offset + 1
-
 
 def parse_message(data):
     """A protobuf message -> {field: its values}, numbers for varints and fixed32, bytes for the rest."""
@@ -563,7 +549,6 @@ def parse_message(data):
             raise ValueError(f'it has a field of wire type {wire_type}')
         fields.setdefault(tag >> 3, []).append(value)
     return fields
-
 
 def read_block(data, handle):
     """A table, the handle of a block (varints offset, size) -> yields its (key, value) pairs. ValueError."""
@@ -586,7 +571,6 @@ def read_block(data, handle):
         key, i = key[:shared] + block[i:i + unshared], i + unshared + length
         yield key, block[i - length:i]
 
-
 def read_index(path):
     """-> ({variable: its BundleEntryProto, field 2 as a list of dimensions}, number of data files)."""
     with reading(path):
@@ -606,7 +590,6 @@ def read_index(path):
             dimensions = parse_message(entry[2][0]).get(2, []) if 2 in entry else []
             entry[2] = [parse_message(dimension).get(1, [0])[0] for dimension in dimensions]
     return entries, header[1][0]
-
 
 def read_openai(path):
     """OpenAI's model.ckpt.index -> yields (name, tensor), GPT's names and shapes, verified, memory-mapped."""
@@ -646,7 +629,6 @@ HUGGING_FACE = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/
 RETRY_WAITS = 0, 1, 2, 4  # seconds before each try of an address
 TIMEOUT = 10, 30  # seconds to connect, and without a byte
 
-
 def fetch_released(name, cache_dir='', weights='openai'):
     """A name of RELEASED -> OpenAI's index or Hugging Face's safetensors, downloaded unless in the cache."""
     default = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'gpt2-sft')
@@ -669,7 +651,6 @@ def fetch_released(name, cache_dir='', weights='openai'):
             faults.append(str(error))
     raise ModelError('; '.join(faults))
 
-
 def file_fault(path, size, sha256):
     """-> what is wrong with a downloaded file, or ''. Some servers send a web page for what is not there."""
     if size and path.stat().st_size != size:
@@ -680,7 +661,6 @@ def file_fault(path, size, sha256):
         if not size and not sha256 and file.read(1) in (b'', b'<'):
             return 'a web page in it, or nothing'
     return ''
-
 
 def download(urls, path, size=0, sha256=''):
     """
@@ -711,7 +691,6 @@ def download(urls, path, size=0, sha256=''):
     except OSError as error:
         raise ModelError(f'cannot write {path}: {error.strerror or error}') from error
     raise ModelError(f'cannot download {path.name}: ' + '; '.join(faults))
-
 
 def fetch(url, path, size, sha256):
     """One try of download: the rest of path.part if the server sends just that, else the whole file."""

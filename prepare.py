@@ -47,8 +47,8 @@ VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
 
-# --- a row as text, then as token ids
 
+# --- a row as text, then as token ids
 
 def format_prompt(row):
     """The Alpaca template up to the answer; without the input section if there is no input."""
@@ -57,9 +57,7 @@ def format_prompt(row):
         text += f'\n\n### Input:\n{row["input"]}'
     return text + HEADER
 
-
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
-
 
 @functools.cache
 def get_tokenizer():
@@ -76,15 +74,12 @@ def get_tokenizer():
     special = {'<|endoftext|>': EOS}
     return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
-
 def encode_prompt(row):
     """row -> ids of its prompt, an exact prefix of the training ids, since the answer is encoded apart."""
     return get_tokenizer().encode_ordinary(format_prompt(row))
 
-
 def detokenize(ids):
     return get_tokenizer().decode(ids)
-
 
 def header_offset(prompt):
     """prompt ids -> index of the first with a byte of HEADER: 6 from the end, unless white space merged."""
@@ -93,7 +88,6 @@ def header_offset(prompt):
         i -= 1
         size += len(get_tokenizer().decode_single_token_bytes(prompt[i]))
     return i
-
 
 def encode_rows(rows, block_size):
     """
@@ -110,7 +104,6 @@ def encode_rows(rows, block_size):
 
 
 # --- reading and splitting rows
-
 
 def read_rows(path):
     """-> list of dicts from a JSON list or JSONL. UserError names the faulty rows (20, then a count)."""
@@ -142,7 +135,6 @@ def read_rows(path):
         raise UserError(f'{path}: ' + '; '.join(faults[:20]) + more)
     return rows
 
-
 def faults_of_row(number, row):
     if not isinstance(row, dict):
         return [f'row {number} is {type(row).__name__}, not an object']
@@ -157,7 +149,6 @@ def faults_of_row(number, row):
     if not isinstance(row.get('input', ''), str | None):
         faults.append(f'row {number}: input is {row["input"]!r}')
     return faults
-
 
 def split_rows(rows, split_seed, train_share, test_share):
     """-> {split: row numbers}. Equal prompts land in one split, unless split_seed is -1 (file order)."""
@@ -181,7 +172,6 @@ def split_rows(rows, split_seed, train_share, test_share):
 
 # --- token files
 
-
 def write_split(folder, split, encoded, meta, rows):
     """Write <split>.bin (uint16 ids, rows back to back) and <split>.json (meta, absolute offsets of rows)."""
     lengths = np.array([len(ids) for ids, _, _ in encoded])
@@ -195,7 +185,6 @@ def write_split(folder, split, encoded, meta, rows):
         meta['rows'] = rows
     atomic_write(folder / f'{split}.bin', ids.tofile, 'wb')
     write_json(folder / f'{split}.json', meta)
-
 
 def read_split(dataset, split):
     """-> (ids, meta): uint16 ids, memory-mapped; the .json, its offsets as arrays, with `end` (exclusive)."""
@@ -218,7 +207,6 @@ def read_split(dataset, split):
 
 # --- batches
 
-
 def first_targets(meta, loss_on):
     """-> absolute offset of each row's first supervised id, for loss_on 'answer', 'response' or 'all'."""
     if loss_on == 'answer':
@@ -228,7 +216,6 @@ def first_targets(meta, loss_on):
     elif loss_on == 'all':
         return meta['start'] + 1
     raise UserError(f"loss_on={loss_on!r} is none of 'answer', 'response', 'all'")
-
 
 def pack_examples(lengths, capacity):
     """lengths of examples -> lists of their numbers, one per row: few rows, of about equal length."""
@@ -243,7 +230,6 @@ def pack_examples(lengths, capacity):
         if n_rows >= len(lengths) or max(used) <= capacity:
             return rows
         n_rows += 1
-
 
 def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
     """
@@ -285,20 +271,17 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
 
 # --- the stage
 
-
 def download_rows(url):
     """Download a file of rows to data/<dataset>/ unless it is there -> its path."""
     from model import download  # here, as a file of rows at hand needs no torch
     path = Path('data', dataset, 'download-' + url.rsplit('/', 1)[1])
     return download([url], path)
 
-
 def print_table(columns):
     """[{name: figure} per split] -> the table of what each split holds."""
     print(f'\n{"":24}' + ''.join(f'{split:>12}' for split in SPLITS))
     for name in columns[0]:
         print(f'{name:24}' + ''.join(f'{column[name]:>12,}' for column in columns))
-
 
 if __name__ == '__main__':
     path = download_rows(source) if source.startswith(('http://', 'https://')) else source

@@ -56,8 +56,8 @@ out = Path(out_dir)
 if max_new_tokens < 1 or temperature < 0 or top_k < 0:
     raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
 
-# --- load: the run's model, or the one that init_from names
 
+# --- load: the run's model, or the one that init_from names
 
 def find_run():
     """-> the .json of the newest run in out_dir, or None if there is none or another model is asked for."""
@@ -66,7 +66,6 @@ def find_run():
         return None
     origin = json.loads(runs[-1].read_text(encoding='utf-8'))['init_from']
     return runs[-1] if init_from in ('gpt2-medium', 'resume', origin) else None
-
 
 def load_before(init_from, shape, seed):
     """-> the model that training starts from; if that is 'scratch', made again from its shape and seed."""
@@ -82,7 +81,6 @@ def load_before(init_from, shape, seed):
 
 # --- answer
 
-
 def answer(model, rows, on_done):
     """Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends."""
     prompts = [encode_prompt(row) for row in rows]
@@ -95,11 +93,9 @@ def answer(model, rows, on_done):
     with autocast:
         model.generate(prompts, max_new_tokens, temperature, top_k, seed, on_done=finish)
 
-
 def print_answer(model, instruction, input):
     row = {'instruction': instruction, 'input': input}
     answer(model, [row], lambda i, result: print(result['model_response']))
-
 
 @torch.inference_mode()
 def reference_losses(model, data, numbers):
@@ -114,7 +110,6 @@ def reference_losses(model, data, numbers):
         for number, loss in zip(numbers[i:i + 8], losses.split(counts)):
             results[number] = {'reference_loss': loss.mean().item(), 'reference_tokens': len(loss)}
     return results
-
 
 def read_parts(paths, key):
     """-> {row number: result} of the answers that an interrupted start with the same settings has written."""
@@ -131,7 +126,6 @@ def read_parts(paths, key):
 
 
 # --- write
-
 
 def predict(model, name, about):
     """Answer the test split into out_dir/<name>.json, and its provenance into <name>.about.json."""
@@ -181,7 +175,6 @@ def predict(model, name, about):
     stopped = sum(not row['truncated'] for row in merged)
     print(f'{len(rows)} answers of {about}, {stopped} of them ended by themselves: wrote {out / name}.json')
 
-
 def answer_questions(model):
     """The first turn of each question (the template has room for one) into out_dir/question-answers.json."""
     try:
@@ -194,7 +187,6 @@ def answer_questions(model):
     write_json(out / 'question-answers.json', answered)
     print(f'{len(answered)} answers: wrote {out}/question-answers.json')
 
-
 def talk(model):
     """Answer the lines of standard input until it ends or one is empty."""
     print('an instruction a line; "instruction | input" gives it an input; an empty line or Ctrl-D ends')
@@ -205,7 +197,6 @@ def talk(model):
             break
         instruction, _, input = line.partition('|')
         print_answer(model, instruction.strip(), input.strip())
-
 
 run = find_run()
 if run:

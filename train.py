@@ -90,12 +90,10 @@ scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float1
 shard = shard and world_size > 1
 out = Path(out_dir)
 
-
 def print0(text):
     """Print in the first process only."""
     if rank == 0:
         print(text, flush=True)
-
 
 # data: token files and, per example, its length and its supervised tokens
 data = {split: read_split(dataset, split) for split in ('train', 'val')}
@@ -176,7 +174,6 @@ if decay == 'matrices':
 optimizer = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
 grad_norms = []  # of the groups of gradients that a step has applied
 
-
 def apply_gradients(*_):
     """AdamW for the parameters that have a gradient. Frees the gradients, adds their norm to grad_norms."""
     gradients = [p.grad for p in params if p.grad is not None]
@@ -191,7 +188,6 @@ def apply_gradients(*_):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-
 
 # where nothing needs all gradients at once, each block is updated as soon as backward has passed it, and its
 # gradients are freed: a step of Medium peaks at 15 % less memory
@@ -220,7 +216,6 @@ if not max_steps:
     total_steps = first_step + math.ceil((n_examples - place) / examples_per_step)
     total_steps += (epochs - epoch - 1) * math.ceil(n_examples / examples_per_step)
 
-
 def next_examples():
     """-> the numbers of the next step's examples. An epoch is one permutation; its last step may be short."""
     epoch, place = divmod(progress['seen'], n_examples)
@@ -228,7 +223,6 @@ def next_examples():
     if shuffle:
         order = np.random.default_rng(abs(hash((seed, epoch)))).permutation(n_examples)
     return order[place:place + examples_per_step]
-
 
 def get_batch(split, numbers):
     """-> ids, targets, positions, segments (B, T) on the device; no numbers: a row without a target."""
@@ -238,14 +232,12 @@ def get_batch(split, numbers):
     used = batch if packing else batch[:3]  # without packing attention is plainly causal
     return [torch.from_numpy(array).to(device) for array in used]
 
-
 def sum_over_processes(*values):
     dtype = torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64
     total = torch.tensor(values, device=device, dtype=dtype)
     if world_size > 1:
         dist.all_reduce(total)
     return total.tolist()
-
 
 @torch.no_grad()
 def estimate_loss(split):
@@ -266,12 +258,10 @@ def estimate_loss(split):
     n_supervised = (meta['end'] - first_targets(meta, loss_on))[numbers].sum().item()
     return sum_over_processes(loss)[0] / n_supervised
 
-
 def get_lr(step):
     done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
     left = {'constant': 1.0, 'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done))}[schedule]
     return (min_lr + left * (learning_rate - min_lr)) * min(1, (step + 1) / max(1, warmup_steps))
-
 
 def show_answers():
     """Answer three val prompts and print the answers beside the references."""
@@ -282,7 +272,6 @@ def show_answers():
         log_line(f'  {row["instruction"]}  {row.get("input") or ""}')
         log_line(f'    reference: {row["output"]}\n    answer:    {detokenize(answer)}')
 
-
 def save_checkpoint():
     """ckpt.pt: all that --init_from=resume needs. Under FSDP every process gathers; the first one writes."""
     model_state, optimizer_state = get_state_dict(model, optimizer, options=state_options)
@@ -291,7 +280,6 @@ def save_checkpoint():
                   'model_config': asdict(model.config), 'examples_per_step': examples_per_step}
     if rank == 0:
         atomic_write(out / 'ckpt.pt', lambda file: torch.save(checkpoint, file), 'wb')
-
 
 def save_model():
     """<model>-sft.pth, a plain state dict with LoRA merged, its .json; and LoRA's own matrices beside it."""
@@ -304,7 +292,6 @@ def save_model():
         atomic_write(out / f'{name}.pth', lambda file: torch.save(state, file), 'wb')
         write_json(out / f'{name}.json', about)
 
-
 def read_log():
     """-> the records of log.jsonl; a last line that a crash cut is left out."""
     records = []
@@ -316,12 +303,10 @@ def read_log():
                 continue
     return records
 
-
 def log_record(**fields):
     if rank == 0:
         with open(out / 'log.jsonl', 'a', encoding='utf-8') as file:
             file.write(json.dumps(fields) + '\n')
-
 
 def draw_losses(path):
     """The losses of log.jsonl as a picture."""
@@ -338,7 +323,6 @@ def draw_losses(path):
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format='png', dpi=150), 'wb')
 
-
 # log.jsonl continues behind the checkpoint: what an interrupted run logged after it will be logged again
 if rank == 0:
     kept = [json.dumps(record) + '\n' for record in read_log() if first_step and record['step'] <= first_step]
@@ -347,11 +331,9 @@ if rank == 0:
 # Ctrl-C, or a scheduler's SIGTERM, ends the run after the current step, saved; a second one ends it at once
 stop_signals = []
 
-
 def request_stop(number, frame):
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
-
 
 signal.signal(signal.SIGINT, request_stop)
 signal.signal(signal.SIGTERM, request_stop)

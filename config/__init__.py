@@ -23,7 +23,6 @@ class UserError(Exception):
     """A mistake that the user can mend: one line on stderr, no traceback."""
     exit_code = 2
 
-
 def print_in_one_line(kind, error, traceback):
     """sys.excepthook: an error whose class has an exit_code prints one line, any other its traceback."""
     exit_code = 130 if kind is KeyboardInterrupt else getattr(kind, 'exit_code', None)
@@ -36,7 +35,6 @@ def print_in_one_line(kind, error, traceback):
 
 # --- configuration
 
-
 def knobs_of(path):
     """-> {name: (default, comment)}: the literal assignments above configure(globals()), if it is called."""
     text, knobs = Path(path).read_text(encoding='utf-8'), {}
@@ -48,7 +46,6 @@ def knobs_of(path):
             return knobs
     return {}
 
-
 def check_value(key, value, knobs, where):
     """-> value in the type of the knob `key`, an int taken for a float. UserError: a wrong name or type."""
     if key not in knobs:
@@ -59,7 +56,6 @@ def check_value(key, value, knobs, where):
         raise UserError(f'{where}: {key} takes {kind.__name__}, like {knobs[key][0]!r}, not {value!r}')
     return kind(value)
 
-
 def read_config_file(path, all_knobs):
     """Run a config file -> {key: value}, each checked against the knobs of all stages."""
     settings = {}
@@ -69,7 +65,6 @@ def read_config_file(path, all_knobs):
         raise UserError(f'config file {path}: {error}') from error
     return {key: check_value(key, value, all_knobs, path)
             for key, value in settings.items() if not key.startswith('_')}
-
 
 def read_flag(flag, knobs):
     """'--key=value' -> {key: value}. A string needs no quotes, any other type is a Python literal."""
@@ -82,7 +77,6 @@ def read_flag(flag, knobs):
         except (ValueError, SyntaxError):
             pass  # it stays text, and check_value says which type it should have been
     return {key: check_value(key, value, knobs, '--' + key)}
-
 
 def configure(stage):
     """
@@ -118,7 +112,6 @@ def configure(stage):
 
 # --- files
 
-
 def atomic_write(path, write, mode='w'):
     """
     Call write(file) on a temporary file beside path, sync it and rename it to path: a reader finds the old
@@ -140,13 +133,11 @@ def atomic_write(path, write, mode='w'):
         reason = getattr(cause, 'strerror', None) or str(cause).splitlines()[0]
         raise UserError(f'cannot write {path}: {reason}; what was there before is kept') from error
 
-
 def write_json(path, value):
     atomic_write(path, lambda file: json.dump(value, file, indent=1))
 
 
 # --- the device, and the processes that share the work
-
 
 def keep_freed_memory():
     """
@@ -157,7 +148,6 @@ def keep_freed_memory():
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
         ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
-
 
 def init_device(device, dtype):
     """

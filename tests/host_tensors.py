@@ -31,6 +31,12 @@ class HostTensors(TorchFunctionMode):
     def kind(self, tensor):
         return 'device' if isinstance(tensor, torch.nn.Parameter) else getattr(tensor, 'kind', None)
 
+    def watched(self, hook):
+        def call(*args):
+            with self:
+                hook(*args)
+        return call
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', str(func))
@@ -38,9 +44,8 @@ class HostTensors(TorchFunctionMode):
         kinds = {self.kind(tensor) for tensor in inputs if tensor.dim() or func in JOINS} - {None}
         if len(kinds) == 2 and name not in COPIES:
             self.mixed.append(f'{name} of {[(self.kind(tensor), tuple(tensor.shape)) for tensor in inputs]}')
-        if name == 'backward':  # its hooks are to be seen, too
-            with self:
-                return func(*args, **kwargs)
+        if name == 'register_post_accumulate_grad_hook':  # backward calls it while no mode is active
+            args = args[0], self.watched(args[1])
         result = func(*args, **kwargs)
         if func in MAKERS:
             kind = 'device' if kwargs.get('device') is not None else 'host'

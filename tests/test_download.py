@@ -1,13 +1,16 @@
 """Downloads from a server in the test that breaks in every way: what is kept is whole and right, or nothing is."""
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 import torch
+from conftest import ROOT
 from test_load import huggingface_tensors, same, write_openai
 
 import model as module
@@ -39,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
             if start >= len(body):
                 return self.answer(416, b'')
             code, head = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
+        if answer == 'slow':
+            time.sleep(5)
         if answer in ('cut', 'stall', 'cut, no length'):
             half = body[start:start + (len(body) - start) // 2]
             self.answer(code, half, head, -1 if 'no length' in answer else len(body) - start)
@@ -211,12 +216,22 @@ def test_place_that_cannot_be_written(server, tmp_path):
     assert 'cannot write' in fault_of(download, [server.url + '/a'], tmp_path / 'x' / 'file')
 
 
+def test_processes_take_turns(server, tmp_path):
+    """Two processes that want the same file: one downloads, the other waits and finds it, whole."""
+    server.answers['/a'] = ['slow', 'slow']
+    code = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom model import download\n'
+            f'print(download([{server.url + "/a"!r}], {str(tmp_path / "deep/file")!r}, {len(BODY)}))')
+    processes = [subprocess.Popen([sys.executable, '-c', code]) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert server.log == [('/a', None)] and (tmp_path / 'deep/file').read_bytes() == BODY
+
+
 def test_certificates_are_checked(get, monkeypatch):
     asked, send = [], requests.Session.send
     monkeypatch.setattr(requests.Session, 'send', lambda self, r, **k: asked.append(k['verify']) or send(self, r, **k))
     get()
     assert asked and all(asked)
-    assert all('verify=' not in path.read_text() for path in Path(module.__file__).parent.glob('*.py'))
+    assert all('verify=' not in path.read_text() for path in ROOT.glob('*.py'))
 
 
 # --- the released models, from addresses of our own
@@ -281,6 +296,21 @@ def test_flipped_byte_in_the_cache(released, server, name):
         assert not file.exists() and len(names_in(server.cache)) == 2
         assert released() == [f'/first/124M/{name}']
         assert file.read_bytes() == good
+
+
+@pytest.mark.parametrize('error', [OSError(12, 'Cannot allocate memory'), OSError(5, 'Input/output error')])
+def test_a_fault_of_the_machine_costs_no_download(released, server, monkeypatch, error):
+    """Out of memory, or a disk that fails, proves nothing against the files: they stay."""
+    released()
+    files = names_in(server.cache)
+
+    def fail(*args, **kwargs):
+        raise error
+    with monkeypatch.context() as context:
+        context.setattr(np, 'memmap', fail)
+        fault = fault_of(released)
+    assert error.strerror in fault and 'removed' not in fault and names_in(server.cache) == files
+    assert released() == []
 
 
 def test_flipped_byte_at_the_address(released, server):

@@ -12,8 +12,7 @@ from model import GPT, GPTConfig
 from prepare import detokenize, encode_prompt
 
 AFTER, BEFORE = 'instruction-data-with-response.json', 'instruction-data-with-response-before.json'
-FLAGS = '--dataset=tiny', '--out_dir=a', '--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', \
-    '--max_new_tokens=24'
+FLAGS = '--dataset=tiny', '--out_dir=a', '--init_from=scratch', '--max_new_tokens=24'
 
 
 @pytest.fixture(scope='module')
@@ -21,7 +20,8 @@ def trained(prepared, tmp_path_factory):
     """A folder with a run in a/ that has begun to answer, and its data."""
     folder = tmp_path_factory.mktemp('trained')
     shutil.copytree(prepared / 'data', folder / 'data')
-    stage(folder, 'train.py', *TINY, '--dataset=tiny', '--out_dir=a', '--max_steps=60', '--learning_rate=1e-2')
+    stage(folder, 'train.py', *TINY, '--dataset=tiny', '--out_dir=a', '--max_steps=60', '--learning_rate=1e-2',
+          '--seed=7')
     return folder
 
 
@@ -51,7 +51,7 @@ def test_predictions_after_and_before(sample, tmp_path):
     after, before = sample()
     test = json.loads((tmp_path / 'data/tiny/test.json').read_text())
     model = GPT.from_pretrained(tmp_path / 'a').eval()
-    torch.manual_seed(123)
+    torch.manual_seed(7)  # the run's own seed and shape, not sample.py's
     origin = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)).eval()
     assert 'step 60, val loss' in sample.shown.stdout and 'gpt2-2x32-sft.pth' in sample.shown.stdout
     for rows, network in ((after, model), (before, origin)):
@@ -89,17 +89,27 @@ def test_a_conversation(trained):
     command = [sys.executable, ROOT / 'sample.py', *FLAGS, '--interactive=True']
     shown = subprocess.run(command, cwd=trained, input='Write the word cat again.\nWrite the word dog again. | cat\n\nleft\n',
                            capture_output=True, text=True)
-    assert shown.returncode == 0 and shown.stdout.count('\n> ') + shown.stdout.count('> ') >= 3
+    rows = {'instruction': 'Write the word cat again.'}, {'instruction': 'Write the word dog again.', 'input': 'cat'}
+    model = GPT.from_pretrained(trained / 'a').eval()
+    answers = [naive(model, encode_prompt(row))[0].strip() for row in rows]
+    assert shown.returncode == 0 and shown.stdout.endswith(f'> {answers[0]}\n> {answers[1]}\n> ')
 
 
 def test_an_untrained_checkpoint_answers(trained, tmp_path):
     """--init_from=<a path> with no run at all; and with a run, another model than it came from."""
-    stage(tmp_path, 'sample.py', '--out_dir=none', f'--init_from={trained / "a"}', '--prompt=Hello', '--max_new_tokens=3')
+    text = naive(GPT.from_pretrained(trained / 'a').eval(), encode_prompt({'instruction': 'Hello'}), 3)[0].strip()
+    shown = stage(tmp_path, 'sample.py', '--out_dir=none', f'--init_from={trained / "a"}', '--prompt=Hello', '--max_new_tokens=3')
+    assert shown.stdout.endswith(f'{text}\n')
+    torch.manual_seed(5)
+    text = naive(GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)).eval(), encode_prompt({'instruction': 'Hello'}), 3)[0]
+    shown = stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32',
+                  '--block_size=128', '--seed=5', '--prompt=Hello', '--max_new_tokens=3')
+    assert shown.stdout.endswith(f'{text.strip()}\n')
     stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=absent', '--prompt=Hello', code=2)
     stage(tmp_path, 'sample.py', '--max_new_tokens=0', '--prompt=Hello', code=2)
     shown = stage(tmp_path, 'sample.py', f'--out_dir={trained / "a"}', f'--init_from={trained / "a" / "gpt2-2x32-sft.pth"}',
                   '--prompt=Hello', '--max_new_tokens=3')
-    assert 'before fine-tuning' in shown.stdout
+    assert 'before fine-tuning' in shown.stdout and shown.stdout.count('loaded') == 2
 
 
 def test_an_interrupted_start_is_gone_on_with(sample, tmp_path):
@@ -152,4 +162,4 @@ def test_an_adapter_on_its_base(trained, tmp_path):
     assert [row['model_response'] for row in merged] == [row['model_response'] for row in put_on]
     assert [row['reference_loss'] for row in merged] == pytest.approx([row['reference_loss'] for row in put_on], rel=1e-4)
     assert [row['reference_loss'] for row in merged] != pytest.approx([row['reference_loss'] for row in before], rel=1e-3)
-    stage(tmp_path, 'sample.py', *FLAGS, '--n_embd=64', '--out_dir=d', '--adapter=b/adapter.safetensors', '--prompt=x', code=2)
+    stage(tmp_path, 'sample.py', *FLAGS, '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=128', '--out_dir=d', '--adapter=b/adapter.safetensors', '--prompt=x', code=2)

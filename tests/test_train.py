@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import ROOT, TINY
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from prepare import first_targets, read_split
+from prepare import first_targets, make_batch, read_split
 
 NAME = 'gpt2-2x32-sft'
 
@@ -254,10 +255,103 @@ def test_bfloat16_and_compile(train, tmp_path):
     assert list(state(tmp_path / 'c')) == list(state(tmp_path / 'a'))
 
 
-def test_memory_does_not_grow_with_the_rows(data):
-    """Ids stay on the disk: a batch copies its own rows only."""
+def test_memory_does_not_grow_with_the_rows(data, tmp_path, monkeypatch):
+    """Ids stay on the disk: of 60 MB a batch copies its own rows only, and offsets take 8 bytes each."""
     ids, meta = data('train')
-    assert isinstance(ids, np.memmap) and first_targets(meta, 'answer').nbytes == 8 * meta['examples']
+    repeats = 30_000_000 // len(ids)
+    (tmp_path / 'data/large').mkdir(parents=True)
+    np.tile(ids, repeats).astype('<u2').tofile(tmp_path / 'data/large/train.bin')
+    shift = np.arange(repeats)[:, None] * len(ids)
+    large = {key: value for key, value in meta.items() if key != 'end'} | {'tokens': len(ids) * repeats}
+    large |= {name: (shift + meta[name]).ravel().tolist() for name in ('start', 'header', 'answer')}
+    (tmp_path / 'data/large/train.json').write_text(json.dumps(large))
+    monkeypatch.chdir(tmp_path)
+    large_data = read_split('large', 'train')
+    n = meta['examples'] * repeats
+    assert large_data[0].nbytes > 59e6 and first_targets(large_data[1], 'answer').nbytes == 8 * n
+    tracemalloc.start()
+    batch = make_batch(large_data, [0, n // 2, n - 1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000 and batch[0].shape[0] == 1
+
+
+def test_float16(train, tmp_path):
+    """With its GradScaler: the losses are fp32's but for rounding, a resumed run is bit for bit the unbroken one."""
+    plain = train('--max_steps=6', out='a')
+    half = train('--max_steps=6', '--dtype=float16', out='b')
+    assert [r['loss'] for r in steps(half)] == pytest.approx([r['loss'] for r in steps(plain)], rel=5e-3)
+    assert [r['grad_norm'] for r in steps(half)] == pytest.approx([r['grad_norm'] for r in steps(plain)], rel=5e-2)
+    assert {r['loss_scale'] for r in steps(half)} == {65536.0} and 'loss_scale' not in steps(plain)[0]
+    assert all(value.dtype == torch.float32 for value in state(tmp_path / 'b').values())
+    train('--max_steps=3', '--dtype=float16', out='c')
+    resumed = train('--max_steps=6', '--dtype=float16', '--init_from=resume', out='c')
+    assert steps(resumed) == steps(half)
+    assert all(torch.equal(value, state(tmp_path / 'c')[key]) for key, value in state(tmp_path / 'b').items())
+
+
+def test_float16_skips_a_step_that_overflows(train, tmp_path):
+    """The scaler's state is in the checkpoint: with one that is far too large, steps are skipped and it is halved."""
+    train('--max_steps=2', '--dtype=float16')
+    before = state(tmp_path / 'a')
+    checkpoint = torch.load(tmp_path / 'a/ckpt.pt', weights_only=True)
+    checkpoint['scaler']['scale'] = 2.0 ** 40
+    torch.save(checkpoint, tmp_path / 'a/ckpt.pt')
+    records = steps(train('--max_steps=3', '--dtype=float16', '--init_from=resume'))
+    assert records[-1]['grad_norm'] is None and records[-1]['loss_scale'] == 2.0 ** 39
+    assert all(torch.equal(value, state(tmp_path / 'a')[key]) for key, value in before.items())
+    records = steps(train('--max_steps=30', '--dtype=float16', '--init_from=resume'))
+    assert records[-1]['grad_norm'] > 0 and not torch.equal(state(tmp_path / 'a')['wte.weight'], before['wte.weight'])
+
+
+def test_float16_in_several_processes(train):
+    half = train('--max_steps=3', '--dtype=float16', '--batch_size=4', out='a')
+    two = train('--max_steps=3', '--dtype=float16', '--batch_size=2', out='b', processes=2)
+    sharded = train('--max_steps=3', '--dtype=float16', '--batch_size=2', '--shard=True', out='c', processes=2)
+    assert steps(two)[0]['loss'] == pytest.approx(steps(half)[0]['loss'], rel=1e-3)
+    # all processes skip the same steps; in another number of them gradients are scaled otherwise, so other steps
+    for a, b in zip(steps(two), steps(sharded)):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['loss_scale'] == b['loss_scale']
+    assert steps(two)[-1]['grad_norm'] > 0
+
+
+def test_resume_with_micro_batches_cut_otherwise(train, tmp_path):
+    """The same examples per step may be cut into other micro-batches; another number of them is another run."""
+    whole = train('--max_steps=4', out='a')
+    train('--max_steps=2', out='b')
+    train('--max_steps=4', '--batch_size=2', '--init_from=resume', out='b', code=2)
+    assert 'examples_per_step was 8, is 2' in train.shown.stderr
+    train('--max_steps=4', '--batch_size=4', '--gradient_accumulation_steps=4', '--init_from=resume', out='b', code=2)
+    resumed = train('--max_steps=4', '--batch_size=2', '--gradient_accumulation_steps=4', '--init_from=resume', out='b')
+    assert [r['loss'] for r in steps(resumed)] == pytest.approx([r['loss'] for r in steps(whole)], rel=1e-5)
+
+
+def test_resume_after_a_crash_cut_the_log(train, tmp_path):
+    train('--max_steps=3')
+    with open(tmp_path / 'a/log.jsonl', 'a') as file:
+        file.write('{"step": 3, "lo')
+    assert [r['step'] for r in steps(train('--max_steps=5', '--init_from=resume'))] == [1, 2, 3, 4, 5]
+
+
+def test_keep_best_from_a_resume_on(train, tmp_path):
+    """The best val loss of before is of a model that nobody kept: there is a .pth at the end, and it is of a later step."""
+    train('--max_steps=10', '--learning_rate=3e-2', '--eval_interval=2')
+    (tmp_path / 'a' / f'{NAME}.pth').unlink()
+    train('--max_steps=14', '--learning_rate=3e-2', '--eval_interval=2', '--keep_best=True', '--init_from=resume')
+    about = json.loads((tmp_path / 'a' / f'{NAME}.json').read_text())
+    assert (tmp_path / 'a' / f'{NAME}.pth').exists() and about['step'] > 10
+
+
+def test_checkpoints_of_before_the_fold(train, tmp_path):
+    """They call the progress `at`, and hold neither the scaler nor the examples per step."""
+    whole = train('--max_steps=4', out='a')
+    train('--max_steps=2', out='b')
+    checkpoint = torch.load(tmp_path / 'b/ckpt.pt', weights_only=True)
+    checkpoint['at'] = checkpoint.pop('progress')
+    del checkpoint['scaler'], checkpoint['examples_per_step']
+    torch.save(checkpoint, tmp_path / 'b/ckpt.pt')
+    assert steps(train('--max_steps=4', '--init_from=resume', out='b')) == steps(whole)
+    assert all(torch.equal(value, state(tmp_path / 'b')[key]) for key, value in state(tmp_path / 'a').items())
 
 
 def test_a_terminal_gets_a_bar(train, tmp_path):
