@@ -1,4 +1,5 @@
 """Generation: batches, the cache and the scheduling change nothing about the answers."""
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -74,10 +75,9 @@ def test_rows_that_do_not_fit_wait(model, prompts, monkeypatch):
     assert max(sizes) == 3 and len(sizes) > 2 * NEW  # not all at once
 
 
-def test_small_chunks_and_tiles(model, prompts, monkeypatch):
+def test_small_chunks(model, prompts, monkeypatch):
     expected = [naive(model, p) for p in prompts]
     monkeypatch.setattr(model_module, 'PREFILL_CHUNK', 16)
-    monkeypatch.setattr(model_module, 'ROW_TILE', 3)
     assert model.generate(prompts, NEW, eos=-1) == expected
 
 
@@ -256,29 +256,35 @@ def test_gradients_do_not_depend_on_the_run(model):
     assert all(torch.equal(found[0], other) for other in found)
 
 
+@pytest.mark.parametrize('gelu', [False, True])
 @pytest.mark.parametrize('positions', [37, model_module.MAX_ROWS + 1])
 @pytest.mark.parametrize('onednn', [True, False])
-def test_the_linear_layer_of_generation(positions, onednn, monkeypatch):
-    """oneDNN's product, taken in inference mode, equals MKL's; in other cases, or without oneDNN, it is not taken."""
+def test_the_linear_layer_of_generation(positions, onednn, gelu, monkeypatch):
+    """oneDNN's product, taken in inference mode, is MKL's, and its GELU OpenAI's; in other cases it is not taken."""
     calls = []
     product = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise', lambda *args: calls.append(1) or product(*args))
     monkeypatch.setattr(model_module, 'ONEDNN', onednn and model_module.ONEDNN)
     draw, linear = torch.Generator().manual_seed(0), model_module.linear
     x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, positions, 96), (160, 96), (160,)))
-    expected, unbiased = (x.double() @ weight.double().t() + bias).float(), (x.double() @ weight.double().t()).float()
-    torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-5, rtol=1e-5)
+
+    def expected(y):
+        y = y.double()
+        return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))) if gelu else y).float()
+
+    whole, unbiased = expected(x @ weight.t() + bias), expected(x @ weight.t())
+    torch.testing.assert_close(linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
     assert not calls
     with torch.inference_mode():
-        torch.testing.assert_close(linear(x, weight, bias), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(linear(x, weight), unbiased, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linear(x, weight, gelu=gelu), unbiased, atol=1e-5, rtol=1e-5)
         assert bool(calls) == (onednn and positions <= model_module.MAX_ROWS and torch.backends.mkldnn.is_available())
         calls.clear()
         with torch.autocast('cpu', torch.bfloat16):
-            assert linear(x, weight, bias).dtype == torch.bfloat16
-        double = linear(x.double(), weight.double(), bias.double())
+            assert linear(x, weight, bias, gelu).dtype == torch.bfloat16
+        double = linear(x.double(), weight.double(), bias.double(), gelu)
         assert double.dtype == torch.float64 and not calls
-        torch.testing.assert_close(double.float(), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(double.float(), whole, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize('top_k', [0, 3])
