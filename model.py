@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that is not supervised
 LOGITS_CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
-PREFILL_CHUNK = 256  # prompt positions, pads included, that a prefill computes at once
+PREFILL_CHUNK = 1024  # prompt positions, at least, that a prefill computes at once
 MAX_ROWS = 256  # rows that generate works on at once, at most
 CACHE_GROWTH = 64  # positions by which the KV cache grows
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -45,7 +45,6 @@ class CorruptFile(ModelError):
     def __init__(self, path, reason):
         super().__init__(f'cannot read {path}: ' + (str(reason) or type(reason).__name__).splitlines()[0])
         self.path = path
-
 
 # --- the network
 
@@ -63,12 +62,11 @@ def linear(x, weight, bias=None, gelu=False):
     return F.gelu(x, approximate='tanh') if gelu else x
 
 class Linear(nn.Linear):
-
+    """nn.Linear by the function above. x (..., in) -> (..., out)."""
     def forward(self, x, gelu=False):
         return linear(x, self.weight, self.bias, gelu)
 
 class CausalSelfAttention(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -87,7 +85,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 class MLP(nn.Module):
-
+    """x (B, T, C) -> (B, T, C), through a hidden layer four times as wide."""
     def __init__(self, config):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
@@ -99,7 +97,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # a layer of LoRA or in 4 bits
 
 class Block(nn.Module):
-
+    """Pre-norm: what attention and the MLP make of the normalized x is added to x. (B, T, C) -> (B, T, C)."""
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -134,7 +132,7 @@ def segment_mask(segments):
     return ((queries == keys) | (keys == 0)).tril()[:, None]
 
 class GPT(nn.Module):
-
+    """The whole network, in GPT-2's parameter names. The output layer is wte: one tensor, always tied."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -143,6 +141,7 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        # GPT-2's initialization: 0.02, less for positions and for what is added to the residual stream
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
@@ -169,6 +168,7 @@ class GPT(nn.Module):
         assert positions is not None or T <= self.config.block_size, f'{T} positions are over block_size'
         if positions is None:
             positions = torch.arange(T, device=idx.device).expand(B, T)
+        # packed rows need a mask; a plainly causal one is built into the kernel
         mask = None if segments is None else segment_mask(segments)
         attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None,
                                    dropout_p=self.config.dropout if self.training else 0.0)
@@ -222,6 +222,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def load_weights(self, tensors, path):
         """Copy (name, tensor) pairs of path into the parameters: every one, in its shape, and no others."""
+        # one tensor at a time, so that a memory-mapped file is never in memory twice
         missing = dict(self.named_parameters())
         kind = f'a GPT-2 of {self.config.n_layer} layers, width {self.config.n_embd}'
         for name, tensor in tensors:
@@ -246,6 +247,7 @@ class GPT(nn.Module):
         numbers set by seed and prompt, whatever the batch. Rows whose KV cache would pass cache_bytes wait.
         ModelError: a prompt is empty or leaves no room.
         """
+        # what cannot be answered is refused before anything is computed
         block_size = self.config.block_size
         for i, prompt in enumerate(prompts):
             if not 0 < len(prompt) < block_size:
@@ -286,7 +288,6 @@ class GPT(nn.Module):
             self.train(was_training)
         return answers
 
-
 # --- generation
 
 class KVCache:
@@ -310,7 +311,8 @@ class KVCache:
             self.prefill([SimpleNamespace(ids=prefix)])
             self.prefix_cache = [kv[:, :1, :, :len(prefix)].clone() for kv in self.kv_cache]
             self.rows, self.P = [], len(prefix)
-        # so many rows fit, should each become as long as the longest may
+        # so many rows fit, should each become as long as the longest may; the others wait until slots are
+        # free, so that no row has to leave before it has ended
         max_positions = max_bytes / (2 * C * len(model.h) * dtype.itemsize)
         longest = max(row.limit for row in rows) - self.P
         self.max_rows = min(MAX_ROWS, max(1, int(max_positions / longest)))
@@ -331,32 +333,41 @@ class KVCache:
         del self.rows[-1]
 
     def prefill(self, rows):
-        """Compute the ids of rows, longest first, into new slots -> logits (rows, vocab) of the next ids."""
+        """Compute the ids of rows into new slots -> logits (rows, vocab) of the id that follows each."""
         slot, logits = len(self.rows), []
         self.rows += rows
         self.resize()
         while slot < len(self.rows):
-            n = max(1, PREFILL_CHUNK // (len(self.rows[slot].ids) - self.P))
-            logits.append(self.prefill_chunk(slice(slot, slot + n)))
-            slot += n
+            # as many whole rows as fill a chunk
+            slots, size = [], 0
+            while slot < len(self.rows) and size < PREFILL_CHUNK:
+                slots.append(slot)
+                size += len(self.rows[slot].ids) - self.P
+                slot += 1
+            logits.append(self.prefill_chunk(slots))
         return torch.cat(logits)
 
     def prefill_chunk(self, slots):
-        """Compute the rows of a slice of slots, right-padded: what is causal never sees a pad."""
-        own_ids = [row.ids[self.P:] for row in self.rows[slots]]
-        B, T = len(own_ids), max(map(len, own_ids))
-        idx = torch.tensor([ids + [0] * (T - len(ids)) for ids in own_ids], device=self.device)  # (B, T)
-        last = torch.tensor([len(ids) - 1 for ids in own_ids], device=self.device)
-        positions = torch.arange(self.P, self.P + T, device=self.device).expand(B, T)
-        mask = torch.ones(T, self.P + T, dtype=torch.bool, device=self.device).tril(self.P)
+        """Compute the rows of these slots, packed back to back into one of N positions, without a pad."""
+        P, own_ids = self.P, [self.rows[slot].ids[self.P:] for slot in slots]
+        lengths = [len(ids) for ids in own_ids]
+        ends, T = np.cumsum(lengths).tolist(), max(lengths)
+        idx = torch.tensor([sum(own_ids, [])], device=self.device)  # (1, N)
+        positions = torch.tensor([[P + i for n in lengths for i in range(n)]], device=self.device)
+        mask = torch.ones(T, P + T, dtype=torch.bool, device=self.device).tril(P)
 
-        def attend(layer, q, k, v):  # (B, H, T, C/H)
-            self.kv_cache[layer][0, slots, :, :T], self.kv_cache[layer][1, slots, :, :T] = k, v
-            prefix_k, prefix_v = self.prefix_cache[layer].expand(2, B, -1, -1, -1)  # (B, H, P, C/H)
-            k, v = torch.cat((prefix_k, k), dim=2), torch.cat((prefix_v, v), dim=2)  # (B, H, P + T, C/H)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        def attend(layer, q, k, v):  # (1, H, N, C/H)
+            kv, (prefix_k, prefix_v), y = self.kv_cache[layer], self.prefix_cache[layer], []
+            for slot, n, end in zip(slots, lengths, ends):
+                # a row of n positions sees the prefix and itself
+                row, seen = slice(end - n, end), mask[:n, :P + n]
+                kv[0, slot, :, :n], kv[1, slot, :, :n] = k[0, :, row], v[0, :, row]
+                keys = torch.cat((prefix_k, k[:, :, row]), dim=2)  # (1, H, P + n, C/H)
+                values = torch.cat((prefix_v, v[:, :, row]), dim=2)
+                y.append(F.scaled_dot_product_attention(q[:, :, row], keys, values, attn_mask=seen))
+            return torch.cat(y, dim=2)  # (1, H, N, C/H)
 
-        return self.logits(idx, positions, attend, last)
+        return self.logits(idx, positions, attend, torch.tensor(ends, device=self.device) - 1)
 
     def decode_step(self):
         """The last id of every row -> logits (rows, vocab) of the id that follows it."""
@@ -364,6 +375,7 @@ class KVCache:
         lengths = [len(row.ids) - P for row in self.rows]
         if max(lengths) > self.kv_cache[0].size(3):
             self.resize()
+        # each row's last id, at its place behind the prefix, and which places of the cache it must not see
         slots = torch.arange(n, device=self.device)
         places = torch.tensor(lengths, device=self.device) - 1
         idx = torch.tensor([row.ids[-1] for row in self.rows], device=self.device)
@@ -383,14 +395,13 @@ class KVCache:
             prefix_y = (prefix_probs.transpose(0, 2) @ prefix_v).transpose(0, 2)  # (n, H, 1, C/H)
             return prefix_y + probs @ values
 
-        return self.logits(idx[:, None], P + places[:, None], attend, torch.zeros_like(places))
+        return self.logits(idx[:, None], P + places[:, None], attend, slots)
 
     def logits(self, idx, positions, attend, last):
-        """ids and positions (B, T) -> logits (B, vocab) of the position `last` (B,) of each row."""
+        """ids and positions (B, T) -> logits (n, vocab) of the n positions `last`, counted over all B T."""
         attend_of = [functools.partial(attend, layer) for layer in range(len(self.kv_cache))]
-        x = self.model.hidden_states(idx, positions, attend_of)  # (B, T, C)
-        x = x[torch.arange(len(last), device=self.device), last]  # (B, C)
-        return linear(self.model.ln_f(x), self.model.wte.weight)
+        x = self.model.hidden_states(idx, positions, attend_of).flatten(0, 1)  # (B T, C)
+        return linear(self.model.ln_f(x[last]), self.model.wte.weight)
 
 def sample_tokens(logits, temperature, top_k, uniform):
     """logits (n, vocab) -> n ids: the likeliest, or where the cumulated probability passes uniform (n,)."""
@@ -403,7 +414,6 @@ def sample_tokens(logits, temperature, top_k, uniform):
     chosen = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
     chosen = chosen.clamp(max=logits.size(1) - 1)  # in fp32 uniform may round to 1
     return (ids.gather(1, chosen) if top_k else chosen)[:, 0].tolist()
-
 
 # --- checkpoints: which file, and what is in it
 
@@ -437,11 +447,12 @@ def config_fields(path, fields, tensors=None):
     ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
     with reading(path, 'it does not tell the shapes of a GPT-2'):
         fields = {ours.get(key, key): value for key, value in fields.items()}
+        # a state dict alone tells all but the number of heads, which are 64 wide in all of OpenAI's
         if not fields and tensors:
             vocab_size, n_embd = tensors['wte.weight'].shape
             n_layer = 1 + max(int(name.split('.')[1]) for name in tensors if name.startswith('h.'))
             fields = {'block_size': len(tensors['wpe.weight']), 'vocab_size': vocab_size, 'n_layer': n_layer,
-                      'n_head': n_embd // 64, 'n_embd': n_embd}  # heads are 64 wide in all of OpenAI's
+                      'n_head': n_embd // 64, 'n_embd': n_embd}
         fields = {key: int(fields[key]) for key in 'block_size vocab_size n_layer n_head n_embd'.split()}
         if min(fields.values()) < 1 or fields['n_embd'] % fields['n_head']:
             raise ValueError(f'{fields["n_head"]} heads in a width of {fields["n_embd"]}')
@@ -500,6 +511,7 @@ def read_safetensors(path):
     # the masks of causal attention are no weights
     tensors = {name: transpose_conv1d(name, t) for name, t in tensors.items()
                if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    # older files hold the tied output layer twice
     head = tensors.pop('lm_head.weight', None)
     if head is not None and not torch.equal(head, tensors.get('wte.weight', head)):
         raise ModelError(f'{path}: lm_head.weight differs from wte.weight; in a GPT-2 they are one tensor')
@@ -511,7 +523,6 @@ def read_safetensors(path):
         if fields.get(key, value) != value:
             raise ModelError(f'{beside}: {key} is {fields[key]!r}; this GPT-2 has {value!r}')
     return fields, tensors
-
 
 # --- OpenAI's checkpoints without TensorFlow: files of raw floats, and an index, a LevelDB table of protobuf
 # messages (leveldb/doc/table_format.md, tensorflow/core/protobuf/tensor_bundle.proto), all with checksums
@@ -560,8 +571,9 @@ def read_block(data, handle):
         raise ValueError(f'the checksum of the block at {offset} differs')
     if kind:
         raise ValueError(f'the block at {offset} is compressed (type {kind})')
+    # the block is its entries, then restart points and their number, which serve binary search
     block = data[offset:end]
-    stop = size - 4 - 4 * int.from_bytes(block[-4:], 'little')  # what follows serves binary search
+    stop = size - 4 - 4 * int.from_bytes(block[-4:], 'little')
     key, i = b'', 0
     while i < stop:
         # an entry: the bytes it shares with the key before it, the rest of its key, its value
@@ -577,8 +589,9 @@ def read_index(path):
         data, entries = path.read_bytes(), {}
         if len(data) < 48 or data[-8:] != 0xDB4775248B80FB57.to_bytes(8, 'little'):
             raise ValueError('it does not end as an index does')
+        # the footer: offset and size of the metaindex, which is empty, then the handle of the index block
         _, offset = varint(data, len(data) - 48)
-        _, offset = varint(data, offset)  # offset and size of the metaindex, which is empty
+        _, offset = varint(data, offset)
         for _, handle in read_block(data, data[offset:]):
             entries |= {key.decode(): parse_message(value) for key, value in read_block(data, handle)}
         header = entries.pop('', {})
@@ -612,7 +625,6 @@ def read_openai(path):
         array = array.reshape(shape[-2:] if shape[:1] == [1] else shape)
         yield name, transpose_conv1d(name, torch.from_numpy(array))
 
-
 # --- the released weights, downloaded once
 
 RELEASED = {  # shape; OpenAI's folder, bytes of data, of index; Hugging Face's bytes and sha256, where known
@@ -642,6 +654,7 @@ def fetch_released(name, cache_dir='', weights='openai'):
                          folder / 'model.safetensors', safetensors_bytes, sha256)]}
     if (folder / 'model.safetensors').exists() and not all((folder / file).exists() for file in sizes):
         weights = 'huggingface'  # an earlier start had to fall back to it
+    # the preferred source first, then the other
     faults = []
     for source in sorted(sources, key=lambda source: source != weights):
         try:
@@ -677,12 +690,13 @@ def download(urls, path, size=0, sha256=''):
         with FileLock(path.with_name('.lock')):
             if path.exists() and not file_fault(path, size, sha256):
                 return path
+            # waiting helps against a busy server or a broken connection, not against a wrong address
             for url in urls:
                 for wait in RETRY_WAITS:
                     time.sleep(wait)
                     try:
                         return fetch(url, path, size, sha256)
-                    except (ModelError, ValueError, requests.exceptions.SSLError) as error:  # will not pass
+                    except (ModelError, ValueError, requests.exceptions.SSLError) as error:
                         fault = error
                         break
                     except requests.RequestException as error:
@@ -711,6 +725,7 @@ def fetch(url, path, size, sha256):
         total = have + int(reply.headers.get('Content-Length', size - have))
         if size and total != size:
             raise ModelError(f'{total:,} bytes instead of {size:,}')
+        # a bar on a terminal; in a log a line for every tenth
         bar = tqdm(None, path.name, total or None, initial=have, unit='B', unit_scale=True, disable=not tty)
         with bar, open(part, 'ab' if have else 'wb') as file:
             for chunk in reply.iter_content(1 << 16):

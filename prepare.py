@@ -47,7 +47,6 @@ VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
 
-
 # --- a row as text, then as token ids
 
 def format_prompt(row):
@@ -101,7 +100,6 @@ def encode_rows(rows, block_size):
         ids = (prompt + answer + [EOS])[:block_size]
         encoded.append((ids, header_offset(prompt), len(prompt)) if len(prompt) < block_size else None)
     return encoded
-
 
 # --- reading and splitting rows
 
@@ -169,7 +167,6 @@ def split_rows(rows, split_seed, train_share, test_share):
         splits[has_room[0] if has_room else 'train'] += group
     return splits
 
-
 # --- token files
 
 def write_split(folder, split, encoded, meta, rows):
@@ -203,7 +200,6 @@ def read_split(dataset, split):
     if (meta['answer'] >= meta['end']).any():
         raise UserError(f'{folder}/{split} has a row with no token to learn; run: python prepare.py')
     return ids, meta
-
 
 # --- batches
 
@@ -267,7 +263,6 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
             y[b, span][skip:] = example[1:][skip:]
             t = span.stop
     return x, y, positions, segments
-
 
 # --- the stage
 

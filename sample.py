@@ -56,7 +56,6 @@ out = Path(out_dir)
 if max_new_tokens < 1 or temperature < 0 or top_k < 0:
     raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
 
-
 # --- load: the run's model, or the one that init_from names
 
 def find_run():
@@ -77,7 +76,6 @@ def load_before(init_from, shape, seed):
     if adapter:
         load_adapter(model, adapter)
     return model
-
 
 # --- answer
 
@@ -123,7 +121,6 @@ def read_parts(paths, key):
             if result.pop('key') == key:
                 done[result.pop('row')] = result
     return done
-
 
 # --- write
 

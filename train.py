@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from prepare import IGNORE, detokenize, encode_prompt, first_targets, make_batch, read_split
 
 # -----------------------------------------------------------------------------
+# the defaults, overridden by config files and flags
 # run
 dataset = 'instruction-data'  # the folder below data/ that prepare.py wrote
 out_dir = 'out'  # where everything goes
@@ -76,6 +77,7 @@ shard = False  # several processes: split parameters and optimizer among them (F
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
+# what no type can check
 for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interval', 'n_layer', 'n_head',
             'n_embd'):
     if config[key] < 1:
@@ -84,9 +86,11 @@ for key, choices in ('schedule', ('constant', 'cosine', 'linear')), ('decay', ('
     if config[key] not in choices:
         raise UserError(f'{key}={config[key]!r} is none of {", ".join(choices)}')
 
+# the device, and the precision: weights, AdamW and sums stay in fp32; autocast computes products in less. The
+# gradients of float16 underflow, so the loss is scaled up before backward and the gradients down after it
 device, compute_dtype, rank, world_size = init_device(device, dtype)
 autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)  # its gradients underflow
+scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 shard = shard and world_size > 1
 out = Path(out_dir)
 
@@ -95,7 +99,8 @@ def print0(text):
     if rank == 0:
         print(text, flush=True)
 
-# data: token files and, per example, its length and its supervised tokens
+# data: token files and, per example, its length and its supervised tokens. Both splits must be written from
+# the same rows, or what is measured on val may be in train
 data = {split: read_split(dataset, split) for split in ('train', 'val')}
 meta = data['train'][1]
 lengths, supervised = meta['end'] - meta['start'], meta['end'] - first_targets(meta, loss_on)
@@ -118,9 +123,9 @@ if init_from == 'resume':
         raise UserError(f'cannot resume from {out}/ckpt.pt ({reason}): '
                         'start without --init_from=resume') from error
     now = config | {'data': meta['sha256'], 'examples_per_step': examples_per_step}
-    was = saved['config'] | {'data': saved['sha256']}
-    if 'examples_per_step' in saved:  # checkpoints of older versions lack it
-        was['examples_per_step'] = saved['examples_per_step']
+    # checkpoints of older versions do not tell the number of examples
+    was = {'examples_per_step': saved.get('examples_per_step', examples_per_step)}
+    was |= saved['config'] | {'data': saved['sha256']}
     differences = [f'{key} was {was[key]!r}, is {now[key]!r}' for key in now
                    if key in was and key not in RESUME_MAY_CHANGE and was[key] != now[key]]
     if differences:
@@ -128,22 +133,26 @@ if init_from == 'resume':
                         'or start without resume')
 origin = saved['config']['init_from'] if saved else init_from
 
-# model
+# model: from the checkpoint, at random, or from someone's weights. With LoRA the checkpoint holds A and B
+# alone, so the base is loaded again
 torch.manual_seed(seed)
 if saved and not lora_rank:
     model = GPT(GPTConfig(**saved['model_config']))  # the checkpoint holds all of its weights
 elif origin == 'scratch':
     shape = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
-    model = GPT(GPTConfig(block_size=block_size, **shape, dropout=dropout))
+    model = GPT(GPTConfig(block_size, dropout=dropout, **shape))
 else:
     model = GPT.from_pretrained(origin, cache_dir=cache_dir, weights=weights, dropout=dropout)
 name = f'{model.config.name}-sft'
+
+# the data must fit the model's positions and its vocabulary
 max_length = min(block_size, model.config.block_size)
 if longest > max_length + 1:
     raise UserError(f'data/{dataset} has a row of {longest} tokens; '
                     f'run: python prepare.py --block_size={max_length}')
 if model.config.vocab_size < meta['vocab_size']:
     raise UserError(f'{origin} has {model.config.vocab_size} tokens, data/{dataset} {meta["vocab_size"]}')
+# LoRA replaces the matrices of the blocks; from here on only its A and B are trained
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets, quantize)
 elif quantize != 'none':
@@ -153,7 +162,8 @@ params = [p for p in model.parameters() if p.requires_grad]
 print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
        f'{sum(p.numel() for p in params):,} of them trained')
 
-# wrap it: `model` keeps the plain names, `net` is what a step of training calls
+# wrap it: `model` keeps the plain names, `net` is what a step of training calls. FSDP splits each block among
+# the processes; DDP keeps the model whole in each and averages the gradients
 net = model
 if compile:
     model.compile(dynamic=True)
@@ -166,11 +176,12 @@ if shard:
 elif world_size > 1:
     net = torch.nn.parallel.DistributedDataParallel(model)
 
-# optimizer
+# optimizer: in the paper's form all parameters decay; with 'matrices' biases and norms do not
 groups = [{'params': params}]
 if decay == 'matrices':
     groups = [{'params': [p for p in params if p.dim() > 1]},
               {'params': [p for p in params if p.dim() == 1], 'weight_decay': 0.0}]
+# fused: one pass over weights, moments and gradients
 optimizer = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
 grad_norms = []  # of the groups of gradients that a step has applied
 
@@ -189,26 +200,30 @@ def apply_gradients(*_):
     scaler.update()
     optimizer.zero_grad()
 
-# where nothing needs all gradients at once, each block is updated as soon as backward has passed it, and its
-# gradients are freed: a step of Medium peaks at 15 % less memory
-needs_all_gradients = examples_per_step > batch_size or grad_clip or scaler.is_enabled()
-if not needs_all_gradients:
+# where nothing needs all gradients at once (accumulation, processes, clipping, the scaler), each block is
+# updated as soon as backward has passed it, and its gradients are freed: a step of Medium peaks at 15 % less
+# memory. A gradient is complete when its hook runs, even that of wte, which is used twice
+if not (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or scaler.is_enabled()):
     for block in model.h:
         first_param = next(p for p in block.parameters() if p.requires_grad)
         first_param.register_post_accumulate_grad_hook(apply_gradients)
 
-# progress: updates done, examples seen, the lowest val loss, evaluations since then, the last val loss
+# progress: updates done, examples seen, the lowest val loss, evaluations since then, the last val loss. With
+# the weights and AdamW's moments it is all that a resumed run needs: random numbers depend on the step
 progress = {'step': 0, 'seen': 0, 'best': math.inf, 'waited': 0, 'val_loss': math.nan}
 state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
                                  strict=not lora_rank)
 if saved:
     set_state_dict(model, optimizer, model_state_dict=saved['model'], optim_state_dict=saved['optimizer'],
                    options=state_options)
-    scaler.load_state_dict(saved.get('scaler', {}))
+    if saved.get('scaler'):  # empty, or missing in older checkpoints, where no float16 was used
+        scaler.load_state_dict(saved['scaler'])
     progress = saved['progress'] if 'progress' in saved else saved['at']
     if keep_best and not saved['config']['keep_best']:
         progress['best'] = math.inf  # that model was not kept
     del saved
+
+# how many updates: the rest of this epoch, and the whole epochs after it
 first_step = progress['step']
 total_steps = max_steps
 if not max_steps:
@@ -229,10 +244,11 @@ def get_batch(split, numbers):
     batch = make_batch(data[split], numbers if len(numbers) else [0], packing, loss_on, max_length)
     if not len(numbers):
         batch[1][:] = IGNORE  # a process without examples still takes part in the step
-    used = batch if packing else batch[:3]  # without packing attention is plainly causal
-    return [torch.from_numpy(array).to(device) for array in used]
+    # without packing there are no segments: attention is plainly causal
+    return [torch.from_numpy(array).to(device) for array in (batch if packing else batch[:3])]
 
 def sum_over_processes(*values):
+    """Numbers of this process -> their sums over all processes."""
     dtype = torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64
     total = torch.tensor(values, device=device, dtype=dtype)
     if world_size > 1:
@@ -244,6 +260,7 @@ def estimate_loss(split):
     """-> nats per supervised token of eval_iters batches, the same ones each time, shared among processes."""
     model.eval()
     meta = data[split][1]
+    # a fixed choice of examples, so that evaluations can be compared
     numbers = np.random.default_rng(abs(seed)).permutation(len(meta['start']))
     if eval_iters:
         numbers = numbers[:eval_iters * batch_size * world_size]
@@ -259,12 +276,13 @@ def estimate_loss(split):
     return sum_over_processes(loss)[0] / n_supervised
 
 def get_lr(step):
+    """-> the learning rate of a step: linear warm-up, then constant, linear or cosine down to min_lr."""
     done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
     left = {'constant': 1.0, 'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done))}[schedule]
     return (min_lr + left * (learning_rate - min_lr)) * min(1, (step + 1) / max(1, warmup_steps))
 
 def show_answers():
-    """Answer three val prompts and print the answers beside the references."""
+    """Answer three val prompts and print the answers beside the references: worth a look after each epoch."""
     rows = data['val'][1]['rows'][:3]
     with autocast:
         answers = model.generate([encode_prompt(row) for row in rows], max_new_tokens=50)
@@ -274,6 +292,7 @@ def show_answers():
 
 def save_checkpoint():
     """ckpt.pt: all that --init_from=resume needs. Under FSDP every process gathers; the first one writes."""
+    # torch's own form of both states: by parameter name, whole tensors, equal for any number of processes
     model_state, optimizer_state = get_state_dict(model, optimizer, options=state_options)
     checkpoint = {'model': model_state, 'optimizer': optimizer_state, 'scaler': scaler.state_dict(),
                   'progress': progress, 'config': config | {'init_from': origin}, 'sha256': meta['sha256'],
@@ -284,8 +303,8 @@ def save_checkpoint():
 def save_model():
     """<model>-sft.pth, a plain state dict with LoRA merged, its .json; and LoRA's own matrices beside it."""
     state = merged_state_dict(model)
-    about = {'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], **progress,
-             'config': config}
+    about = {'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], 'config': config}
+    about |= progress
     if lora_rank:
         save_adapter(model, out / 'adapter.safetensors', about, write=rank == 0)
     if rank == 0:
@@ -293,31 +312,27 @@ def save_model():
         write_json(out / f'{name}.json', about)
 
 def read_log():
-    """-> the records of log.jsonl; a last line that a crash cut is left out."""
-    records = []
-    if (out / 'log.jsonl').exists():
-        for line in (out / 'log.jsonl').read_text(encoding='utf-8').splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
-    return records
+    """-> the records of log.jsonl. A line that a crash cut lacks its brace, and is left out."""
+    log = out / 'log.jsonl'
+    lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('}')]
 
 def log_record(**fields):
+    """Append a line to log.jsonl, in the first process only."""
     if rank == 0:
         with open(out / 'log.jsonl', 'a', encoding='utf-8') as file:
             file.write(json.dumps(fields) + '\n')
 
 def draw_losses(path):
-    """The losses of log.jsonl as a picture."""
+    """The losses of log.jsonl as a picture: of each step, and of both splits at each evaluation."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print0(f'{path} is not drawn: pip install matplotlib')
-    records, figure = read_log(), Figure(figsize=(7, 4), layout='constrained')
+    figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for key, style in ('loss', '-'), ('train_loss', 'o--'), ('val_loss', 'o-'):
-        points = [(record['step'], record[key]) for record in records if key in record]
+        points = [(record['step'], record[key]) for record in read_log() if key in record]
         axes.plot(*zip(*points), style, label=key, markersize=3)
     axes.set(xlabel='step', ylabel='nats per supervised token', title=name)
     axes.legend()
@@ -329,14 +344,16 @@ if rank == 0:
     atomic_write(out / 'log.jsonl', lambda file: file.writelines(kept))
 
 # Ctrl-C, or a scheduler's SIGTERM, ends the run after the current step, saved; a second one ends it at once
+# (what is saved is then always of a whole step)
 stop_signals = []
 
 def request_stop(number, frame):
+    """The first signal: remember it, and give the next one its usual effect."""
     stop_signals.append(number)
     signal.signal(number, signal.SIG_DFL)
 
-signal.signal(signal.SIGINT, request_stop)
-signal.signal(signal.SIGTERM, request_stop)
+for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, request_stop)
 
 # the loop: evaluation at both ends, and total_steps updates between
 print0(f'{n_examples} examples, {examples_per_step} per step; from step {first_step} to {total_steps}')
@@ -345,12 +362,14 @@ log_line = print0 if bar.disable else bar.write
 model.train()
 was_stopped = False
 for step in range(first_step, total_steps + 1):
+    # what this step has to do besides the update
     just_resumed = step == first_step > 0
     epoch_ended = step > first_step and progress['seen'] % n_examples == 0
     should_eval = (step % eval_interval == 0 or step == total_steps) and not was_stopped and not just_resumed
     should_end = step == total_steps or was_stopped
 
-    # evaluate, keep the best model, and end where the val loss no longer falls
+    # evaluate, keep the best model, and end where the val loss no longer falls. Evaluations are at both ends
+    # of a run and every eval_interval steps; a resumed run has the one of its first step behind it
     if should_eval:
         train_loss, val_loss = estimate_loss('train'), estimate_loss('val')
         log_line(f'step {step}/{total_steps} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
@@ -366,20 +385,21 @@ for step in range(first_step, total_steps + 1):
     if epoch_ended and sample_every_epoch:
         show_answers()
 
-    # save, and leave the loop once all is done
+    # save: at the end, and every save_interval steps or once an epoch; and leave the loop once all is done
     save_is_due = step % save_interval == 0 if save_interval else epoch_ended
     if step > first_step and (should_end or save_is_due):
         save_checkpoint()
     if should_end:
         break
 
-    # the examples of this step, and its learning rate
+    # the examples of this step, and its learning rate. Dropout draws from the step's own seed, so that a
+    # resumed run draws the same numbers
     start_time = time.perf_counter()
     numbers, lr = next_examples(), get_lr(step)
     n_supervised, n_tokens = supervised[numbers].sum().item(), lengths[numbers].sum().item()
     for group in optimizer.param_groups:
         group['lr'] = lr
-    torch.manual_seed(hash((seed, step, rank)))  # for dropout, so that a resumed run draws the same numbers
+    torch.manual_seed(hash((seed, step, rank)))
 
     # forward and backward. The loss is the sum over the supervised tokens of the whole step, divided by
     # their number: it does not depend on how the examples are cut into micro-batches and processes
@@ -397,17 +417,17 @@ for step in range(first_step, total_steps + 1):
         scaler.scale(micro_loss * world_size).backward()  # torch averages over processes, the sum is wanted
         loss += micro_loss.item()
 
-    # update
+    # update; where blocks were updated in backward, only the embeddings and ln_f are left. Then sum up over
+    # the processes: the loss, and the signals to stop that came in
     apply_gradients()
-    loss, n_signals = sum_over_processes(loss, len(stop_signals))
-    was_stopped = n_signals > 0
+    loss, was_stopped = sum_over_processes(loss, len(stop_signals))
     norm = torch.stack(grad_norms).norm().item()
     if not math.isfinite(loss) or not math.isfinite(norm) and scaler.get_scale() <= 1:
         raise UserError(f'step {step + 1} has loss {loss} and gradient norm {norm}; the last checkpoint is '
                         'kept. Lower learning_rate or set grad_clip')
     progress['step'], progress['seen'] = step + 1, progress['seen'] + len(numbers)
 
-    # log what was optimized
+    # log what was optimized: to the file always, to the terminal as a bar, to a pipe or a log as a line
     seconds = time.perf_counter() - start_time
     fields = {'loss': loss, 'lr': lr, 'supervised_tokens': n_supervised, 'tokens': n_tokens,
               'seconds': seconds, 'grad_norm': norm if math.isfinite(norm) else None}
@@ -421,6 +441,7 @@ for step in range(first_step, total_steps + 1):
                f'{n_tokens / seconds:.0f} tokens/s | {seconds * 1000:.0f} ms')
 bar.close()
 
+# the model of the end, unless the best one is kept already
 if not keep_best or progress['best'] == math.inf:
     save_model()
 if rank == 0:

@@ -32,7 +32,6 @@ def print_in_one_line(kind, error, traceback):
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     sys.exit(exit_code)
 
-
 # --- configuration
 
 def knobs_of(path):
@@ -109,7 +108,6 @@ def configure(stage):
             print(f'{key} = {value!r}' + ('' if value == knobs[key][0] else '  # set'))
     return config
 
-
 # --- files
 
 def atomic_write(path, write, mode='w'):
@@ -135,7 +133,6 @@ def atomic_write(path, write, mode='w'):
 
 def write_json(path, value):
     atomic_write(path, lambda file: json.dump(value, file, indent=1))
-
 
 # --- the device, and the processes that share the work
 
