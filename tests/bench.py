@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import model as model_module  # noqa: E402
 import prepare  # noqa: E402
 from config import keep_freed_memory  # noqa: E402
 from lora import add_lora  # noqa: E402
@@ -134,11 +135,12 @@ def stepper(model, optimizer, batches, form):
 
     def update(*_):
         if form != 'plain':  # for the log
-            torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            torch.nn.utils.get_total_norm([torch.linalg.vector_norm(grad, dim=-1) for grad in grads])
         optimizer.step()
         optimizer.zero_grad()
 
-    if form != 'plain':
+    if form != 'plain' and stepper.in_backward:
         for block in model.h:
             next(p for p in block.parameters() if p.requires_grad).register_post_accumulate_grad_hook(update)
 
@@ -356,15 +358,18 @@ def bench_growth(args, data):
         (n, two(s)) for n, s in seconds.items()])
 
 
-def bench_cpu(args, data):
-    """What keep_freed_memory changes: the same child with and without it, in turns."""
+def bench_tricks(args, data):
+    """What each trick of the code gains: the same child with and without it, in turns."""
     rows = []
-    for what, more in (('step', 'prefix'), ('generate', 110))[:1 if args.quick else 2]:
-        turns = [(child(what, args.size, more, flags=AS_TORCH_COMES), child(what, args.size, more))
-                 for _ in range(1 if args.quick else args.turns)]
-        for name, results in zip(('as torch comes', 'keep_freed_memory'), zip(*turns)):
-            rows.append((what, name, two(statistics.median(r['seconds'] for r in results)), two(results[0]['peak'] / 1e9)))
-    table(f'keep_freed_memory, {args.size}', ('what', 'settings', 's', 'peak GB'), rows)
+    for trick, what, more, flags in (
+            ('keep_freed_memory', 'generate', 110, AS_TORCH_COMES), ('keep_freed_memory', 'step', 'prefix', AS_TORCH_COMES),
+            ("oneDNN's product for few rows", 'generate', 110, ('--without=onednn',)),
+            ('blocks updated in backward', 'step', 'prefix', ('--without=backward',))):
+        turns = [(child(what, args.size, more), child(what, args.size, more, flags=flags)) for _ in range(args.turns)]
+        used, unused = ({key: statistics.median(result[key] for result in results) for key in ('seconds', 'peak')}
+                        for results in zip(*turns))
+        rows.append((trick, what, two(used['seconds']), two(unused['seconds']), two(used['peak'] / 1e9), two(unused['peak'] / 1e9)))
+    table(f'tricks, {args.size}', ('trick', 'measured on', 's', 's without', 'peak GB', 'peak GB without'), rows)
 
 
 def bench_lora(args, data):
@@ -433,27 +438,31 @@ def run_child(data, what, size, *more):
 
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
-            'growth': bench_growth, 'lora': bench_lora, 'cpu': bench_cpu, 'judge': bench_judge}
+            'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out load, lora, cpu and judge')
+    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out load, lora, tricks and judge')
     parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
     parser.add_argument('--turns', type=int, default=3, help='times that peers are measured')
     parser.add_argument('--quick', action='store_true', help='a tiny model, few turns, no peers')
     parser.add_argument('--as-torch-comes', action='store_true', help='without keep_freed_memory')
+    parser.add_argument('--without', choices=('onednn', 'backward'), help='a trick that is left out of what is measured')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'cpu', 'judge'))
+    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'tricks', 'judge'))
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
     child.data = args.data
     if args.child:
         if not args.as_torch_comes:
             keep_freed_memory()
+        if args.without == 'onednn':
+            model_module.ONEDNN = False
+        stepper.in_backward = args.without != 'backward'
         return run_child(data, *args.child.split(','))
     processor = platform.processor()
     if Path('/proc/cpuinfo').exists():
