@@ -202,7 +202,7 @@ def apply_gradients(*_):
     optimizer.zero_grad()
 
 # where nothing needs all gradients at once (accumulation, processes, clipping, the scaler), each block is
-# updated as soon as backward has passed it, and its gradients are freed: a step of Medium peaks at 15 % less
+# updated as soon as backward has passed it, and its gradients are freed: a step of Medium peaks at 16 % less
 # memory. A gradient is complete when its hook runs, even that of wte, which is used twice
 if not (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or scaler.is_enabled()):
     for block in model.h:

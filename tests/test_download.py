@@ -125,12 +125,12 @@ def part(tmp_path, data):
     (tmp_path / 'deep' / 'file.part').write_bytes(data)
 
 
-def test_goes_on_with_a_partial_file(get, tmp_path):
+def test_resumes_a_partial_file(get, tmp_path):
     part(tmp_path, BODY[:1000])
     assert get() == [('/a', 'bytes=1000-')]
 
 
-def test_goes_on_where_the_hash_is_known(get, tmp_path):
+def test_resumes_where_the_hash_is_known(get, tmp_path):
     part(tmp_path, BODY[:1000])
     assert get(0, sha256=hashlib.sha256(BODY).hexdigest()) == [('/a', 'bytes=1000-')]
 
@@ -154,7 +154,7 @@ def test_part_that_is_too_long(get, tmp_path, length):
 
 
 @pytest.mark.parametrize('answer', ['cut', 'cut, no length', 'stall'])
-def test_broken_lines_are_gone_on_with(get, server, answer):
+def test_broken_connections_are_resumed(get, server, answer):
     server.answers['/a'] = [answer, answer]
     start = time.monotonic()
     log = get()
@@ -197,7 +197,7 @@ def test_nobody_answers(server, tmp_path):
     dead = 'http://127.0.0.1:1/c'
     fault = fault_of(download, [server.url + '/a', server.url + '/b', dead], tmp_path / 'file', len(BODY))
     assert f'{server.url}/a: 503' in fault and f'{server.url}/b: HTTP 404' in fault and dead in fault
-    assert names_in(tmp_path) == ['file.part']  # what there is of it, to go on with
+    assert names_in(tmp_path) == ['file.part']  # what there is of it, to be resumed
     assert BODY.startswith((tmp_path / 'file.part').read_bytes())
 
 

@@ -220,7 +220,7 @@ def test_a_server_that_goes_away_does_not_take_hours(judge, server):
     assert len(server.asked) < 2 + 9 * 4 and time.time() - start < 10
 
 
-def test_an_interrupted_run_goes_on(judge, server, tmp_path):
+def test_an_interrupted_run_resumes(judge, server, tmp_path):
     server.delay = 0.05
     process = subprocess.Popen([sys.executable, ROOT / 'judge.py', '--calibrate=0'], cwd=tmp_path, stdout=subprocess.DEVNULL,
                                env=os.environ | {'OLLAMA_HOST': server.url})

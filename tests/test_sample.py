@@ -112,7 +112,7 @@ def test_an_untrained_checkpoint_answers(trained, tmp_path):
     assert 'before fine-tuning' in shown.stdout and shown.stdout.count('loaded') == 2
 
 
-def test_an_interrupted_start_is_gone_on_with(sample, tmp_path):
+def test_an_interrupted_start_is_resumed(sample, tmp_path):
     whole, _ = sample('--before=False')
     (tmp_path / 'a' / AFTER).unlink()
     # killed after its second row: what it answered is not asked again
