@@ -76,7 +76,7 @@ def test_a_run(train, tmp_path):
         optimizer.zero_grad()
         (loss / count).backward()
         norm = torch.linalg.vector_norm(torch.stack([p.grad.double().norm() for p in model.parameters()]))
-        assert record['grad_norm'] == pytest.approx(norm.item(), rel=1e-4 if i else 1e-6)  # later the weights differ by rounding
+        assert record['grad_norm'] == pytest.approx(norm.item(), rel=1e-4 if i else 1e-5)
         optimizer.step()
     for key, value in state(tmp_path / 'a').items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=2e-5)
