@@ -159,11 +159,12 @@ def init_device(device, dtype):
     if device == 'auto':
         has_mps = torch.backends.mps.is_available()
         device = 'cuda' if torch.cuda.is_available() else 'mps' if has_mps else 'cpu'
+    name = device
     try:
-        device = torch.device(device, local_rank) if device == 'cuda' else torch.device(device)
+        device = torch.device(name, local_rank) if name == 'cuda' else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'device={device!r} is not available here: {str(error).splitlines()[0]}') from error
+        raise UserError(f'device={name!r} is not available here: {str(error).splitlines()[0]}') from error
 
     if dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
         raise UserError(f"dtype={dtype!r} is none of 'auto', 'float32', 'bfloat16', 'float16'")
