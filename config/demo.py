@@ -1,7 +1,7 @@
 """
 A small GPT from scratch learns seventeen families of tasks, on two cores.
 
-    python data/make_demo.py              # only to write the rows anew
+    python data/make_demo.py              # only to write the rows again
     python prepare.py config/demo.py
     python train.py config/demo.py
     python sample.py config/demo.py

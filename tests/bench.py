@@ -291,7 +291,7 @@ def peer_generate(model, prompts, new, batch):
 
 @torch.no_grad()
 def uncached(model, prompts, new):
-    """Chapter 7's way: one prompt at a time, everything anew for each token."""
+    """Chapter 7's way: one prompt at a time, everything again for each token."""
     for prompt in prompts:
         ids = torch.tensor([prompt])
         for _ in range(new):
