@@ -77,6 +77,15 @@ def test_generation_serves_it(model):
     assert model.generate(prompts, 10, eos=-1) == merged.generate(prompts, 10, eos=-1)
 
 
+@pytest.mark.parametrize('quantize', KINDS)
+def test_generation_under_autocast(model, quantize):
+    """4-bit layers return their input's dtype, fp32, while the cache is in autocast's."""
+    add_lora(model, 4, 8.0, quantize=quantize)
+    with torch.autocast('cpu', torch.bfloat16):
+        answers = trained(model).generate([[1, 2, 3], [1, 2, 9, 8, 7]], 10, eos=-1)
+    assert [len(answer) for answer in answers] == [10, 10]
+
+
 def test_adapter_round_trip(model, tmp_path):
     from dataclasses import asdict
     base = {name: p.clone() for name, p in model.state_dict().items()}
