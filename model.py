@@ -385,7 +385,8 @@ class KVCache:
         def attend(layer, q, k, v):  # (n, H, 1, C/H)
             kv, (prefix_k, prefix_v) = self.kv_cache[layer], self.prefix_cache[layer]
             # a 4-bit layer returns fp32 under autocast
-            kv[0, slots, :, places], kv[1, slots, :, places] = k[:, :, 0].to(kv.dtype), v[:, :, 0].to(kv.dtype)
+            kv[0, slots, :, places] = k[:, :, 0].to(kv.dtype)
+            kv[1, slots, :, places] = v[:, :, 0].to(kv.dtype)
             keys, values = kv[:, :n, :, :T]  # (n, H, T, C/H)
             # all rows share the prefix: one product per head, with the rows in place of positions
             q = q / math.sqrt(q.size(3))

@@ -128,7 +128,6 @@ def predict(model, name, about):
     """Answer the test split into out_dir/<name>.json, and its provenance into <name>.about.json."""
     data = read_split(dataset, 'test')
     rows = data[1]['rows']
-
     # each answer is appended to a part file as it comes, under a hash of all that could change it
     settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
     key = hashlib.sha256(json.dumps([about, vars(model.config), settings, rows]).encode()).hexdigest()
@@ -150,7 +149,6 @@ def predict(model, name, about):
 
         answer(model, [rows[i] for i in todo], on_done)
     bar.close()
-
     # the results of all processes, put together in the order of the rows
     losses = reference_losses(model, data, list(range(len(rows)))[rank::world_size])
     everyones = [(results, losses)]
