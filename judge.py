@@ -28,7 +28,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from config import UserError, atomic_write, configure, write_json
+from config import UserError, atomic_write, configure, read_jsonl, write_json
 
 # -----------------------------------------------------------------------------
 # files
@@ -412,16 +412,6 @@ class Server:
                     {'role': 'assistant', 'content': text or '(nothing)'},
                     {'role': 'user', 'content': f'Your answer cannot be used: {error}. Answer again.'}]
         return {'text': text, 'tries': tries, 'fault': fault}
-
-def read_jsonl(path):
-    """-> the objects of a JSONL file, without lines that an interruption cut; nan and inf become None."""
-    records = []
-    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
-        try:
-            records.append(dict(json.loads(line, parse_constant=lambda name: None)))
-        except (ValueError, TypeError):
-            continue
-    return records
 
 def ask_all(server, bodies, style, path):
     """-> the replies {text, tries, [fault]} to bodies, in their order. A body whose reply is in the file at

@@ -688,9 +688,12 @@ def download(urls, path, size=0, sha256=''):
     from filelock import FileLock  # torch depends on it
     path, faults = Path(path), []
     try:
+        # looked for before the lock too, since a cache may be read-only
+        if path.exists() and not file_fault(path, size, sha256):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name('.lock')):
-            if path.exists() and not file_fault(path, size, sha256):
+            if path.exists() and not file_fault(path, size, sha256):  # another process has just downloaded it
                 return path
             # waiting helps against a busy server or a broken connection, not against a wrong address
             for url in urls:

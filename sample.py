@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import UserError, configure, init_device, write_json
+from config import UserError, configure, init_device, read_jsonl, write_json
 from lora import load_adapter
 from model import GPT, GPTConfig
 from prepare import IGNORE, detokenize, encode_prompt, make_batch, read_split
@@ -110,14 +110,10 @@ def reference_losses(model, data, numbers):
     return results
 
 def read_parts(paths, key):
-    """-> {row number: result} of the answers that an interrupted start with the same settings has written."""
+    """-> {row number: result} of the answers that an interrupted run with the same settings has written."""
     done = {}
     for path in paths:
-        for line in path.read_text(encoding='utf-8').splitlines():
-            try:
-                result = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the line at which it was killed
+        for result in read_jsonl(path):
             if result.pop('key') == key:
                 done[result.pop('row')] = result
     return done

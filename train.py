@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
 
-from config import UserError, atomic_write, configure, init_device, write_json
+from config import UserError, atomic_write, configure, init_device, read_jsonl, write_json
 from lora import add_lora, merged_state_dict, save_adapter
 from model import GPT, GPTConfig
 from prepare import IGNORE, detokenize, encode_prompt, first_targets, make_batch, read_split
@@ -209,9 +209,10 @@ if not (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or scaler
         first_param = next(p for p in block.parameters() if p.requires_grad)
         first_param.register_post_accumulate_grad_hook(apply_gradients)
 
-# progress: updates done, examples seen, the lowest val loss, evaluations since then, the last val loss. With
-# the weights and AdamW's moments it is all that a resumed run needs: random numbers depend on the step
-progress = {'step': 0, 'seen': 0, 'best': math.inf, 'waited': 0, 'val_loss': math.nan}
+# progress: updates done, examples seen, the lowest val loss, evaluations since then, the last val loss and
+# its step. With the weights and AdamW's moments it is all that a resumed run needs: random numbers depend on
+# the step
+progress = {'step': 0, 'seen': 0, 'best': math.inf, 'waited': 0, 'val_loss': math.nan, 'evaluated': -1}
 state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
                                  strict=not lora_rank)
 if saved:
@@ -219,18 +220,14 @@ if saved:
                    options=state_options)
     if saved.get('scaler'):  # empty, or missing in older checkpoints, where no float16 was used
         scaler.load_state_dict(saved['scaler'])
-    progress = saved['progress'] if 'progress' in saved else saved['at']
+    progress |= saved['progress'] if 'progress' in saved else saved['at'] | {'evaluated': saved['at']['step']}
     if keep_best and not saved['config']['keep_best']:
         progress['best'] = math.inf  # that model was not kept
     del saved
 
-# how many updates: the rest of this epoch, and the whole epochs after it
+# how many updates: the last one of an epoch may be of fewer examples
 first_step = progress['step']
-total_steps = max_steps
-if not max_steps:
-    epoch, place = divmod(progress['seen'], n_examples)
-    total_steps = first_step + math.ceil((n_examples - place) / examples_per_step)
-    total_steps += (epochs - epoch - 1) * math.ceil(n_examples / examples_per_step)
+total_steps = max_steps or epochs * math.ceil(n_examples / examples_per_step)
 
 def next_examples():
     """-> the numbers of the next step's examples. An epoch is one permutation; its last step may be short."""
@@ -312,12 +309,6 @@ def save_model():
         atomic_write(out / f'{name}.pth', lambda file: torch.save(state, file), 'wb')
         write_json(out / f'{name}.json', about)
 
-def read_log():
-    """-> the records of log.jsonl. A line that a crash cut lacks its brace, and is left out."""
-    log = out / 'log.jsonl'
-    lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith('}')]
-
 def log_record(**fields):
     """Append a line to log.jsonl, in the first process only."""
     if rank == 0:
@@ -330,10 +321,10 @@ def draw_losses(path):
         from matplotlib.figure import Figure
     except ImportError:
         return print0(f'{path} is not drawn: pip install matplotlib')
-    figure = Figure(figsize=(7, 4), layout='constrained')
+    records, figure = read_jsonl(out / 'log.jsonl'), Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for key, style in ('loss', '-'), ('train_loss', 'o--'), ('val_loss', 'o-'):
-        points = [(record['step'], record[key]) for record in read_log() if key in record]
+        points = [(record['step'], record[key]) for record in records if key in record]
         axes.plot(*zip(*points), style, label=key, markersize=3)
     axes.set(xlabel='step', ylabel='nats per supervised token', title=name)
     axes.legend()
@@ -341,7 +332,8 @@ def draw_losses(path):
 
 # log.jsonl continues behind the checkpoint: what an interrupted run logged after it will be logged again
 if rank == 0:
-    kept = [json.dumps(record) + '\n' for record in read_log() if first_step and record['step'] <= first_step]
+    records = read_jsonl(out / 'log.jsonl') if first_step else []
+    kept = [json.dumps(record) + '\n' for record in records if record['step'] <= first_step]
     atomic_write(out / 'log.jsonl', lambda file: file.writelines(kept))
 
 # Ctrl-C, or a scheduler's SIGTERM, ends the run after the current step, saved; a second one ends it at once
@@ -363,29 +355,29 @@ model.train()
 was_stopped = False
 for step in range(first_step, total_steps + 1):
     # what this step has to do besides the update
-    just_resumed = step == first_step > 0
     epoch_ended = step > first_step and progress['seen'] % n_examples == 0
-    should_eval = (step % eval_interval == 0 or step == total_steps) and not was_stopped and not just_resumed
-    should_end = step == total_steps or was_stopped
+    eval_is_due = step % eval_interval == 0 or step == total_steps
+    should_eval = eval_is_due and not was_stopped and progress['evaluated'] < step
 
-    # evaluate, keep the best model, and end where the val loss no longer falls. Evaluations are at both ends
-    # of a run and every eval_interval steps; a resumed run has the one of its first step behind it
+    # evaluate, at both ends of a run and every eval_interval steps, and keep the best model. A run that is
+    # told to stop leaves the evaluation of its last step to the run that resumes it
     if should_eval:
         train_loss, val_loss = estimate_loss('train'), estimate_loss('val')
         log_line(f'step {step}/{total_steps} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
         log_record(step=step, train_loss=train_loss, val_loss=val_loss)
-        progress['val_loss'] = val_loss
+        progress['val_loss'], progress['evaluated'] = val_loss, step
         if step > 0 and val_loss < progress['best']:
             progress['best'], progress['waited'] = val_loss, 0
             if keep_best:
                 save_model()
         elif step > 0:
             progress['waited'] += 1
-        should_end = should_end or 0 < patience <= progress['waited']
     if epoch_ended and sample_every_epoch:
         show_answers()
 
-    # save: at the end, and every save_interval steps or once an epoch; and leave the loop once all is done
+    # save: at the end, and every save_interval steps or once an epoch. The end is the last step, a signal, or
+    # a val loss that has not fallen for long
+    should_end = step == total_steps or was_stopped or 0 < patience <= progress['waited']
     save_is_due = step % save_interval == 0 if save_interval else epoch_ended
     if step > first_step and (should_end or save_is_due):
         save_checkpoint()

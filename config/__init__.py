@@ -134,6 +134,16 @@ def atomic_write(path, write, mode='w'):
 def write_json(path, value):
     atomic_write(path, lambda file: json.dump(value, file, indent=1))
 
+def read_jsonl(path):
+    """-> the objects of a JSONL file, without lines that an interruption cut; nan and inf become None."""
+    records = []
+    for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
+        try:
+            records.append(dict(json.loads(line, parse_constant=lambda name: None)))
+        except (ValueError, TypeError):
+            continue
+    return records
+
 # --- the device, and the processes that share the work
 
 def keep_freed_memory():

@@ -226,6 +226,17 @@ def test_processes_take_turns(server, tmp_path):
     assert server.log == [('/a', None)] and (tmp_path / 'deep/file').read_bytes() == BODY
 
 
+def test_a_complete_cache_needs_no_lock(get, monkeypatch):
+    """A cache that others may only read: what is there and right is found without writing a byte."""
+    import filelock
+    get()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(filelock, 'FileLock', refuse)
+    assert get() == [('/a', None)]
+
+
 def test_certificates_are_checked(get, monkeypatch):
     asked, send = [], requests.Session.send
     monkeypatch.setattr(requests.Session, 'send', lambda self, r, **k: asked.append(k['verify']) or send(self, r, **k))

@@ -333,6 +333,27 @@ def test_resume_after_a_crash_cut_the_log(train, tmp_path):
     assert [r['step'] for r in steps(train('--max_steps=5', '--init_from=resume'))] == [1, 2, 3, 4, 5]
 
 
+def test_a_resumed_run_makes_up_for_an_evaluation_that_was_left_out(train, tmp_path):
+    """A signal at a step that is to be evaluated ends the run without; what is logged in the end is all the same."""
+    whole = train('--max_steps=6', '--eval_interval=2', out='a')
+    train('--max_steps=4', '--eval_interval=2', out='b')
+    checkpoint = torch.load(tmp_path / 'b/ckpt.pt', weights_only=True)
+    checkpoint['progress']['evaluated'] = 2
+    torch.save(checkpoint, tmp_path / 'b/ckpt.pt')
+    records = [json.loads(line) for line in (tmp_path / 'b/log.jsonl').read_text().splitlines()]
+    (tmp_path / 'b/log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records[:-1]))
+    resumed = train('--max_steps=6', '--eval_interval=2', '--init_from=resume', out='b')
+    assert [r for r in resumed if 'val_loss' in r] == [r for r in whole if 'val_loss' in r] and steps(resumed) == steps(whole)
+
+
+def test_a_run_that_patience_ended_stays_ended(train, tmp_path):
+    flags = '--max_steps=60', '--learning_rate=3e-2', '--eval_interval=2', '--patience=2', '--eval_iters=0'
+    ended = train(*flags)
+    checkpoint = (tmp_path / 'a/ckpt.pt').read_bytes()
+    assert train(*flags, '--init_from=resume') == ended and steps(ended)[-1]['step'] < 60
+    assert (tmp_path / 'a/ckpt.pt').read_bytes() == checkpoint
+
+
 def test_keep_best_from_a_resume_on(train, tmp_path):
     """The best val loss of before is of a model that nobody kept: there is a .pth at the end, and it is of a later step."""
     train('--max_steps=10', '--learning_rate=3e-2', '--eval_interval=2')
