@@ -616,8 +616,8 @@ def judge_lines(scores):
     lines, (lowest, highest), paired = [], scores['scale'], scores.get('paired')
     for side, totals in scores['summary'].items():
         rows, failed = totals['scored'] + totals['empty'] + totals['failed'], totals['failed']
-        lines.append(f'{side}: {format_interval(totals["score"])} on {lowest} to {highest} by {judge_model}, '
-                     f'over {rows - failed:,} of {rows:,} rows, '
+        lines.append(f'{side}: {format_interval(totals["score"])} on {lowest} to {highest} by '
+                     f'{scores["judge"]["model"]}, over {rows - failed:,} of {rows:,} rows, '
                      f'{totals["empty"]:,} empty ({lowest} by rule), {failed:,} failed')
         if 'spread' in totals:
             lines.append(f'{side}: {totals["spread"]:.2f} is the spread of a row between seeds')

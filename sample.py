@@ -6,19 +6,23 @@ Answer the test split with the fine-tuned model and with the one it came from; o
     python sample.py config/sft_medium.py --interactive=True
     torchrun --nproc_per_node=2 sample.py config/sft_medium.py
 """
+import functools
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError, configure, init_device, read_jsonl, write_json
 from lora import load_adapter
-from model import GPT, GPTConfig
-from prepare import IGNORE, detokenize, encode_prompt, make_batch, read_split
+from model import GPT, GPTConfig, transpose_conv1d
+from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_split
 
 # -----------------------------------------------------------------------------
 # model
@@ -37,6 +41,7 @@ before = True  # let the model before fine-tuning answer the test split too
 prompt = ''  # one instruction instead
 input = ''  # and its input
 interactive = False  # talk with the terminal instead
+exported = ''  # a format that export.py wrote, like 'gguf': the program that reads it answers instead
 questions = ''  # a JSONL file of questions instead, like data/questions.jsonl; for judge_style=mtbench
 # generation
 max_new_tokens = 256
@@ -50,21 +55,25 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': the GPU's best on cu
 config = configure(globals())
 
 PREDICTIONS, BEFORE = 'instruction-data-with-response', 'instruction-data-with-response-before'
-device, compute_dtype, rank, world_size = init_device(device, dtype)
-autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
 out = Path(out_dir)
-if max_new_tokens < 1 or temperature < 0 or top_k < 0:
-    raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
+if __name__ == '__main__':
+    device, compute_dtype, rank, world_size = init_device(device, dtype)
+else:  # export.py imports this file
+    device, compute_dtype, rank, world_size = torch.device('cpu'), torch.float32, 0, 1
+autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
 
 # --- load: the run's model, or the one that init_from names
 
+def newest(paths):
+    return max(paths, key=os.path.getmtime, default=None)
+
 def find_run():
     """-> the .json of the newest run in out_dir, or None if there is none or another model is asked for."""
-    runs = sorted(out.glob('*-sft.json'), key=lambda path: path.stat().st_mtime)
-    if adapter or not runs:
+    run = newest(out.glob('*-sft.json'))
+    if adapter or not run:
         return None
-    origin = json.loads(runs[-1].read_text(encoding='utf-8'))['init_from']
-    return runs[-1] if init_from in ('gpt2-medium', 'resume', origin) else None
+    origin = json.loads(run.read_text(encoding='utf-8'))['init_from']
+    return run if init_from in ('gpt2-medium', 'resume', origin) else None
 
 def load_before(init_from, shape, seed):
     """-> the model that training starts from; if that is 'scratch', made again from its shape and seed."""
@@ -76,6 +85,101 @@ def load_before(init_from, shape, seed):
     if adapter:
         load_adapter(model, adapter)
     return model
+
+# --- what export.py wrote, in the programs that read it
+
+class Exported:
+    """An exported model with what this file needs of a GPT. step(ids, past) -> (logits (T, vocab), past)."""
+
+    def __init__(self, program, step, config):
+        self.program, self.step, self.config = program, step, config
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, *_, eos=EOS, on_done=lambda i, ids: None):
+        """GPT.generate: greedy, one prompt at a time."""
+        answers = []
+        for i, prompt in enumerate(prompts):
+            ids, past, new = [], None, prompt
+            while len(ids) < min(max_new_tokens, self.config.block_size - len(prompt)) and new != [eos]:
+                logits, past = self.step(new, past)
+                new = [logits[-1].argmax().item()]
+                ids += new
+            answers.append(ids[:-1] if new == [eos] else ids)
+            on_done(i, answers[-1])
+        return answers
+
+    def __call__(self, idx, targets, positions, loss_reduction):
+        """GPT.forward with loss_reduction='none'."""
+        losses = []
+        for ids, its_targets in zip(idx, targets):
+            logits, supervised = self.step(ids.tolist(), None)[0], its_targets != IGNORE
+            losses.append(F.cross_entropy(logits[supervised], its_targets[supervised], reduction='none'))
+        return None, torch.cat(losses)
+
+def open_exported(name, folder, config, base):
+    """-> the models in a folder of export.py: two for torchscript, else one; for peft on the model `base`."""
+    try:
+        steps = read_peft(folder, base) if name == 'peft' else READERS[name](folder)
+    except ImportError as error:
+        raise UserError(f'{folder} needs a package: pip install {error.name.replace("_", "-")}') from error
+    return [Exported(program, step, config) for program, step in steps]
+
+def transformers_step(net):
+    def step(ids, past):
+        out = net(input_ids=torch.tensor([ids]), past_key_values=past, use_cache=True)
+        return out.logits[0], out.past_key_values
+    return step
+
+def read_huggingface(folder):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    return [('transformers', transformers_step(AutoModelForCausalLM.from_pretrained(folder)))]
+
+def read_peft(folder, base):
+    from peft import PeftModel
+    from transformers import GPT2Config, GPT2LMHeadModel
+    base = GPT.from_pretrained(base, cache_dir, weights)
+    c, state = base.config, {name: transpose_conv1d(name, p) for name, p in base.state_dict().items()}
+    net = GPT2LMHeadModel(GPT2Config(c.vocab_size, c.block_size, c.n_embd, c.n_layer, c.n_head))
+    net.transformer.load_state_dict(state)
+    return [('peft', transformers_step(PeftModel.from_pretrained(net, folder).eval()))]
+
+def read_gguf(folder):
+    from llama_cpp import GGML_TYPE_F32, Llama
+    # keys and values in fp32, too; llama.cpp's default is fp16
+    llama = Llama(str(newest(folder.glob('*.gguf'))), n_ctx=0, logits_all=True, verbose=False,
+                  type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+
+    def step(ids, past):
+        llama.n_tokens = past or 0
+        llama.eval(ids)
+        return torch.tensor(llama.scores[llama.n_tokens - len(ids):llama.n_tokens]), llama.n_tokens
+    return [('llama.cpp', step)]
+
+def read_onnx(folder):
+    from onnxruntime import InferenceSession
+    session = InferenceSession(newest(folder.glob('*.onnx')))
+    names, (_, H, _, D) = [one.name for one in session.get_inputs()], session.get_inputs()[-1].shape
+
+    def step(ids, past):
+        past = past or [np.zeros((1, H, 0, D), np.float32)] * len(names[3:])
+        P, end = past[0].shape[2], past[0].shape[2] + len(ids)
+        inputs = [np.array([ids]), np.ones((1, end), int), np.arange(P, end)[None], *past]
+        logits, *past = session.run(None, dict(zip(names, inputs)))
+        return torch.from_numpy(logits[0]), past
+    return [('onnxruntime', step)]
+
+def read_torchscript(folder):
+    def step(program, ids, past):
+        seen = (past or []) + ids
+        return program(torch.tensor([seen]))[0, -len(ids):], seen
+    [script], [program] = folder.glob('*.pt'), folder.glob('*.pt2')
+    return [('torch.jit', functools.partial(step, torch.jit.load(script))),
+            ('torch.export', functools.partial(step, torch.export.load(program).module()))]
+
+READERS = {'huggingface': read_huggingface, 'peft': read_peft, 'gguf': read_gguf, 'onnx': read_onnx,
+           'torchscript': read_torchscript}
 
 # --- answer
 
@@ -189,29 +293,41 @@ def talk(model):
         instruction, _, input = line.partition('|')
         print_answer(model, instruction.strip(), input.strip())
 
-run = find_run()
-if run:
-    made = json.loads(run.read_text(encoding='utf-8'))
-    model = GPT.from_pretrained(run.with_suffix('.pth'))
-    about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'
-else:
-    shape = {'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
-    model = load_before(init_from, shape, seed)
-    about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
-model.to(device).eval()
-if rank == 0:
-    print(f'\nloaded {about}: {model.config.name} on {device}')
+if __name__ == '__main__':
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
+        raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
+    run = find_run()
+    made = json.loads(run.read_text(encoding='utf-8')) if run else {}
+    name = PREDICTIONS if run else BEFORE
+    if exported:
+        if not run or temperature:
+            raise UserError(f'exported={exported!r} needs a run in {out_dir}, and temperature=0')
+        about, name = f'{out}/export/{exported}', f'{PREDICTIONS}-{exported}'
+        if exported not in READERS or not Path(about).exists():
+            raise UserError(f'there is no {about}: python export.py, with --to of {", ".join(READERS)}')
+        model = open_exported(exported, Path(about), GPTConfig(**made['model']), made['init_from'])[0]
+    elif run:
+        model = GPT.from_pretrained(run.with_suffix('.pth'))
+        about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'
+    else:
+        shape = {'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
+        model = load_before(init_from, shape, seed)
+        about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
+    if not exported:
+        model.to(device).eval()
+    if rank == 0:
+        print(f'\nloaded {about}: {model.config.name} on {device}')
 
-if prompt:
-    print_answer(model, prompt, input)
-elif interactive:
-    talk(model)
-elif questions:
-    answer_questions(model)
-else:
-    out.mkdir(parents=True, exist_ok=True)
-    predict(model, PREDICTIONS if run else BEFORE, about)
-    if run and before:
-        del model
-        model = load_before(made['init_from'], made['model'], made['config']['seed'])
-        predict(model.to(device).eval(), BEFORE, f'{made["init_from"]} (before fine-tuning)')
+    if prompt:
+        print_answer(model, prompt, input)
+    elif interactive:
+        talk(model)
+    elif questions:
+        answer_questions(model)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        predict(model, name, about)
+        if run and before and not exported:
+            del model
+            model = load_before(made['init_from'], made['model'], made['config']['seed'])
+            predict(model.to(device).eval(), BEFORE, f'{made["init_from"]} (before fine-tuning)')

@@ -1,0 +1,250 @@
+"""
+The trained model in the forms that others use, each compared with model.py as soon as it is written.
+
+    python export.py config/sft_medium.py --to=huggingface          # or peft, gguf, onnx, torchscript
+    python export.py config/sft_medium.py --to=gguf,onnx --gguf_type=Q8_0 --onnx_type=int8
+
+Writes <out_dir>/export/<format>/. Where the program that reads a format is installed, it must give model.py's
+logits and greedy ids; else the exit status is 1, and the folder is kept as <format>.failed.
+"""
+import functools
+import json
+import logging
+import math
+import shutil
+import sys
+import warnings
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from config import UserError, configure, keep_freed_memory, write_json
+from judge import judge_lines, metrics_lines
+from lora import load_adapter, save_peft
+from model import GPT, RELEASED, linear, transpose_conv1d
+from prepare import EOS, detokenize, encode_prompt, gguf_tokenizer, modelfile, read_split, save_tokenizer
+from sample import newest, open_exported, reference_losses
+
+# -----------------------------------------------------------------------------
+# model
+out_dir = 'out'  # the run: its newest <model>-sft.pth; for peft its adapter.safetensors
+init_from = 'gpt2-medium'  # given as a flag: this model instead of the run's; for peft the base
+weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
+cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
+# formats
+to = 'huggingface'  # 'huggingface', 'peft', 'gguf', 'onnx', 'torchscript'; several with commas
+shard_size = '5GB'  # of huggingface: larger weights become files of this size and an index
+gguf_type = 'F32'  # 'F32', 'F16', 'Q8_0'
+onnx_type = 'float32'  # 'float32', 'int8'
+max_new_tokens = 256  # in the settings of huggingface and Ollama
+dataset = 'instruction-data'  # its test split shows what F16, Q8_0 and int8 lose
+# -----------------------------------------------------------------------------
+config = configure(globals())
+
+GGUF_TYPES, ONNX_TYPES = {'F32': 0, 'F16': 1, 'Q8_0': 7}, ('float32', 'int8')
+PROMPTS = [{'instruction': 'Rewrite the sentence in the passive voice.', 'input': 'Tom wrote the song.'},
+           {'instruction': 'Name three colours.'}, {'instruction': 'Ins Englische: Gute Nacht, Käthe! 🎉'}]
+
+# --- writers; they may change the model, which is loaded again for the next format
+
+def write_configs(shape, folder):
+    """What transformers and Optimum read beside the weights; the tokenizer where the ids are GPT-2's."""
+    ends = {f'{end}_token_id': EOS for end in ('bos', 'eos', 'pad') if shape.vocab_size > EOS}
+    write_json(folder / 'config.json', ends | {
+        'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'dtype': 'float32',
+        'n_layer': shape.n_layer, 'n_head': shape.n_head, 'n_embd': shape.n_embd,
+        'n_positions': shape.block_size, 'vocab_size': shape.vocab_size,
+        'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5})
+    greedy = {'do_sample': False, 'max_new_tokens': max_new_tokens}
+    write_json(folder / 'generation_config.json', ends | greedy)
+    if ends:
+        save_tokenizer(folder, shape.block_size)
+
+def write_huggingface(model, folder):
+    from huggingface_hub import save_torch_state_dict
+    state = {}
+    for name, p in model.named_parameters():
+        p.data = transpose_conv1d(name, p.data).contiguous()  # one by one: never two models in memory
+        state[f'transformer.{name}'] = p.data
+    save_torch_state_dict(state, folder, max_shard_size=shard_size, metadata={'format': 'pt'})
+    write_configs(model.config, folder)
+    # the model card: how it was made, from what data, and its scores
+    card, path = ['---\nlibrary_name: transformers\ntags: [gpt2, alpaca]\n---'], Path(out_dir, 'scores.json')
+    card += [f'# {run.stem if run else init_from}', 'A GPT-2 for one instruction in the Alpaca template.']
+    if run:
+        card += ['Made thus, from data of this sha256:', '```', run.read_text(encoding='utf-8'), '```']
+    if run and path.exists():
+        scores = json.loads(path.read_text(encoding='utf-8'))
+        lines = metrics_lines(scores) + (judge_lines(scores) if 'summary' in scores else [])
+        card += ['Scores on the test split, with 95 % intervals:', '```', *lines, '```']
+    (folder / 'README.md').write_text('\n'.join(card) + '\n', encoding='utf-8')
+
+def write_gguf(model, folder):
+    import gguf
+    shape, types, file = model.config, gguf.GGMLQuantizationType, f'{model.config.name}-{gguf_type}.gguf'
+    if shape.vocab_size != EOS + 1 or gguf_type == 'Q8_0' and shape.n_embd % 32:
+        raise UserError(f"gguf takes GPT-2's {EOS + 1} ids, Q8_0 an n_embd of whole 32s; this is {shape}")
+    writer = gguf.GGUFWriter(folder / file, 'gpt2')
+    for field, value in (gguf_tokenizer() | {
+            'name': shape.name, 'file_type': GGUF_TYPES[gguf_type], 'block_count': shape.n_layer,
+            'context_length': shape.block_size, 'embedding_length': shape.n_embd, 'head_count': shape.n_head,
+            'feed_forward_length': 4 * shape.n_embd, 'layer_norm_eps': 1e-5}).items():
+        getattr(writer, f'add_{field}')(value)
+    # positions and vectors stay in fp32, as llama.cpp's own converter leaves them
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)
+    for name, p in model.named_parameters():
+        kind = types[gguf_type] if p.dim() == 2 and name != 'wpe.weight' else types.F32
+        array = gguf.quants.quantize(p.data.numpy(), kind)
+        writer.add_tensor(names.get_name(f'transformer.{name}', ('.weight', '.bias')), array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    text = modelfile(file, num_predict=max_new_tokens, num_ctx=shape.block_size)
+    (folder / 'Modelfile').write_text(text, encoding='utf-8')
+
+def with_past(model, input_ids, attention_mask, position_ids, past):
+    """(B, T), (B, P + T), (B, T), a layer's keys and values (B, H, P, C/H) -> logits, the same of P + T."""
+    places, earlier, present = torch.arange(attention_mask.size(1)), iter(past), []
+    queries = places[attention_mask.size(1) - input_ids.size(1):, None]
+    # a pad sees itself alone: the softmax of nothing would be nan
+    seen = (places == queries) | (places < queries) & (attention_mask[:, None, None] > 0)  # (B, 1, T, P + T)
+
+    def attend(q, k, v):  # (B, H, T, C/H)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(next(earlier), (k, v)))
+        present.append((keys, values))
+        return (q @ keys.mT / math.sqrt(q.size(3))).masked_fill(~seen, -math.inf).softmax(3) @ values
+
+    x = model.hidden_states(input_ids, position_ids, [attend] * len(model.h))
+    return linear(model.ln_f(x), model.wte.weight), present
+
+def write_onnx(model, folder):
+    """One graph for prefill, where the past is empty, and decode; inputs and outputs have Optimum's names."""
+    import onnx
+    shape, path, layers = model.config, folder / 'model.onnx', range(model.config.n_layer)
+    # examples of the inputs, no two of them one tensor: the exporter would take them for one input
+    ids, mask, positions = torch.zeros(3, 2, 5, dtype=torch.long)
+    past = [tuple(torch.zeros(2, 2, shape.n_head, 2, shape.n_embd // shape.n_head)) for _ in layers]
+    rows, length = {0: 'batch_size'}, {1: 'sequence_length'}
+    sizes = (rows | length, rows | {1: 'total_sequence_length'}, rows | length,
+             [(rows | {2: 'past_sequence_length'},) * 2 for _ in layers])
+    names = [[f'{side}.{layer}.{part}' for layer in layers for part in ('key', 'value')]
+             for side in ('past_key_values', 'present')]
+    model.forward = functools.partial(with_past, model)
+    program = torch.onnx.export(
+        model, (ids[:, :3], mask, positions[:, :3], past), dynamic_shapes=sizes, opset_version=18,
+        input_names=['input_ids', 'attention_mask', 'position_ids', *names[0]],
+        output_names=['logits', *names[1]], verbose=False)
+    program.model.ir_version = 10  # this and opset 18 are read by onnxruntime 1.18 and newer
+    program.save(path)  # weights above 2 GB go to a file of their own
+    if onnx_type == 'int8':
+        from onnxruntime.quantization import quantize_dynamic
+        quantize_dynamic(path, folder / 'model_quantized.onnx')
+    for path in folder.glob('*.onnx'):
+        onnx.checker.check_model(path)
+    write_configs(shape, folder)
+
+def write_torchscript(model, folder):
+    """ids (B, T) -> logits (B, T, vocab), as a TorchScript and as a torch.export program."""
+    name, ids, forward = folder / model.config.name, torch.zeros(2, 3, dtype=torch.long), model.forward
+    # positions are made of the ids, and so on their device
+    model.forward = lambda ids: forward(ids, positions=torch.ones_like(ids).cumsum(1) - 1)[0]
+    torch.jit.save(torch.jit.trace(model, ids, check_trace=False), f'{name}.pt')
+    sizes = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
+    torch.export.save(torch.export.export(model, (ids,), dynamic_shapes=(sizes,)), f'{name}.pt2')
+
+FORMATS = {  # writer, the packages that it needs
+    'huggingface': (write_huggingface, ['safetensors', 'tokenizers']),
+    'peft': (lambda model, folder: save_peft(model, folder, hub_name), ['safetensors']),
+    'gguf': (write_gguf, ['tokenizers', 'gguf']),
+    'onnx': (write_onnx, ['tokenizers', 'onnx', 'onnxscript'] + ['onnxruntime'] * (onnx_type == 'int8')),
+    'torchscript': (write_torchscript, [])}
+
+# --- verification
+
+def load_model(name):
+    """-> what a format holds: for peft the base with the adapter, else the model of the run or init_from."""
+    where = base if name == 'peft' or not run else run.with_suffix('.pth')
+    model = GPT.from_pretrained(where, cache_dir, weights)
+    if name == 'peft':
+        load_adapter(model, Path(out_dir, 'adapter.safetensors'))
+    return model.eval()
+
+def compare_lossy(model, exported):
+    """Print what the type of the weights changes on the test split."""
+    data, answers = read_split(dataset, 'test'), []
+    rows = data[1]['rows']
+    for kind, one in ('in fp32', model), ('exported', exported):
+        answers.append(one.generate([encode_prompt(row) for row in rows], max_new_tokens))
+        exact = mean(detokenize(ids).strip() == row['output'].strip() for ids, row in zip(answers[-1], rows))
+        losses = [x['reference_loss'] for x in reference_losses(one, data, list(range(len(rows)))).values()]
+        print(f'  {kind}: exact match {100 * exact:.2f} %, reference loss {mean(losses):.4f} nats per token')
+    equal = mean(a == b for both in zip(*answers) for a, b in zip_longest(*both))
+    print(f'  {100 * equal:.2f} % of greedy ids equal, over {len(rows)} test rows')
+
+def export(name):
+    """Write a format and let its program read it; what passes takes the place of an earlier export."""
+    path, folder, failed = (Path(out_dir, 'export', name + end) for end in ('', '.tmp', '.failed'))
+    # what model.py computes
+    model = load_model(name)
+    shape = model.config
+    encoded = [encode_prompt(row)[-shape.block_size // 2:] for row in PROMPTS]
+    prompts = [[i % shape.vocab_size for i in ids] for ids in encoded]
+    logits = [model(torch.tensor([prompt]))[0][0] for prompt in prompts]
+    answers = model.generate(prompts, 20, eos=-1)
+    # write
+    for old in folder, failed:
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        FORMATS[name][0](model, folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f'cannot write {path}: {error}') from error
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+    print(f'{name}: {size:.2f} GB, {path}', flush=True)
+    del model
+    # let its program read it, and compare
+    try:
+        for exported in open_exported(name, folder, shape, base):
+            theirs = exported.generate(prompts, 20, eos=-1)
+            moved = [exported.step(ids, None)[0] - its for ids, its in zip(prompts, logits)]
+            difference = max(tensor.abs().max().item() for tensor in moved)
+            print(f'  {exported.program}: largest difference of logits {difference:.1e}, greedy ids '
+                  f'{"equal" if theirs == answers else "differ"}')
+            # on a CPU llama.cpp looks GELU up in fp16, which has 11 bits
+            tolerance = 1e-3 * max(its.abs().max().item() for its in logits) if name == 'gguf' else 1e-4
+            if {'gguf': gguf_type, 'onnx': onnx_type}.get(name) in ('F16', 'Q8_0', 'int8'):
+                compare_lossy(load_model(name), exported)
+            elif theirs != answers or difference > tolerance:
+                raise ValueError(f'logits may differ by {tolerance:.1e}, and greedy ids must be equal')
+    except UserError as error:
+        print(f'  written, not verified: {error}')
+    except Exception as error:
+        folder.rename(failed)
+        sys.exit(f'export.py: {failed} does not compute what model.py does: {error}')
+    shutil.rmtree(path, ignore_errors=True)
+    folder.rename(path)
+
+keep_freed_memory()
+torch.set_grad_enabled(False)
+logging.disable(logging.WARNING)  # of exporters and programs, on what does not concern the user
+warnings.simplefilter('ignore')
+formats = [name.strip() for name in to.split(',')]
+if not set(formats) <= set(FORMATS) or gguf_type not in GGUF_TYPES or onnx_type not in ONNX_TYPES:
+    raise UserError(f'to may name {", ".join(FORMATS)}; gguf_type F32, F16, Q8_0; onnx_type float32, int8')
+missing = [module for name in formats for module in FORMATS[name][1] if not find_spec(module)]
+if missing:
+    raise UserError(f'to={to!r} needs packages: pip install {" ".join(missing)}')
+# the run, unless a flag names another model
+is_given = any(arg.startswith('--init_from=') for arg in sys.argv)
+run = None if is_given else newest(Path(out_dir).glob('*-sft.json'))
+if not run and not is_given:
+    raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
+base = json.loads(run.read_text(encoding='utf-8'))['init_from'] if run else init_from
+hub_name = f'openai-community/{base}' if base in RELEASED else base
+for name in formats:
+    export(name)
