@@ -13,7 +13,6 @@ import logging
 import math
 import shutil
 import sys
-import warnings
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
@@ -21,7 +20,7 @@ from statistics import mean
 
 import torch
 
-from config import UserError, configure, keep_freed_memory, write_json
+from config import UserError, configure, write_json, write_safetensors
 from judge import judge_lines, metrics_lines
 from lora import load_adapter, save_peft
 from model import GPT, RELEASED, linear, transpose_conv1d
@@ -58,24 +57,25 @@ def write_configs(shape, folder):
         'n_layer': shape.n_layer, 'n_head': shape.n_head, 'n_embd': shape.n_embd,
         'n_positions': shape.block_size, 'vocab_size': shape.vocab_size,
         'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5})
-    greedy = {'do_sample': False, 'max_new_tokens': max_new_tokens}
-    write_json(folder / 'generation_config.json', ends | greedy)
+    write_json(folder / 'generation_config.json', ends | dict(do_sample=False, max_new_tokens=max_new_tokens))
     if ends:
         save_tokenizer(folder, shape.block_size)
 
 def write_huggingface(model, folder):
-    from huggingface_hub import save_torch_state_dict
-    state = {}
-    for name, p in model.named_parameters():
-        p.data = transpose_conv1d(name, p.data).contiguous()  # one by one: never two models in memory
-        state[f'transformer.{name}'] = p.data
-    save_torch_state_dict(state, folder, max_shard_size=shard_size, metadata={'format': 'pt'})
+    from huggingface_hub import split_torch_state_dict_into_shards
+    state = {f'transformer.{name}': transpose_conv1d(name, p.data) for name, p in model.named_parameters()}
+    split = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: state[name] for name in names})
+    if split.is_sharded:
+        index = {'metadata': split.metadata, 'weight_map': split.tensor_to_filename}
+        write_json(folder / 'model.safetensors.index.json', index)
     write_configs(model.config, folder)
     # the model card: how it was made, from what data, and its scores
     card, path = ['---\nlibrary_name: transformers\ntags: [gpt2, alpaca]\n---'], Path(out_dir, 'scores.json')
     card += [f'# {run.stem if run else init_from}', 'A GPT-2 for one instruction in the Alpaca template.']
     if run:
-        card += ['Made thus, from data of this sha256:', '```', run.read_text(encoding='utf-8'), '```']
+        card += [f'How it was made, with the sha256 of its data:\n```json\n{run.read_text("utf-8")}\n```']
     if run and path.exists():
         scores = json.loads(path.read_text(encoding='utf-8'))
         lines = metrics_lines(scores) + (judge_lines(scores) if 'summary' in scores else [])
@@ -86,7 +86,7 @@ def write_gguf(model, folder):
     import gguf
     shape, types, file = model.config, gguf.GGMLQuantizationType, f'{model.config.name}-{gguf_type}.gguf'
     if shape.vocab_size != EOS + 1 or gguf_type == 'Q8_0' and shape.n_embd % 32:
-        raise UserError(f"gguf takes GPT-2's {EOS + 1} ids, Q8_0 an n_embd of whole 32s; this is {shape}")
+        raise ValueError(f"gguf takes GPT-2's {EOS + 1} ids, Q8_0 an n_embd of whole 32s; this is {shape}")
     writer = gguf.GGUFWriter(folder / file, 'gpt2')
     for field, value in (gguf_tokenizer() | {
             'name': shape.name, 'file_type': GGUF_TYPES[gguf_type], 'block_count': shape.n_layer,
@@ -103,8 +103,7 @@ def write_gguf(model, folder):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    text = modelfile(file, num_predict=max_new_tokens, num_ctx=shape.block_size)
-    (folder / 'Modelfile').write_text(text, encoding='utf-8')
+    (folder / 'Modelfile').write_text(modelfile(file, num_predict=max_new_tokens, num_ctx=shape.block_size))
 
 def with_past(model, input_ids, attention_mask, position_ids, past):
     """(B, T), (B, P + T), (B, T), a layer's keys and values (B, H, P, C/H) -> logits, the same of P + T."""
@@ -168,7 +167,7 @@ FORMATS = {  # writer, the packages that it needs
 def load_model(name):
     """-> what a format holds: for peft the base with the adapter, else the model of the run or init_from."""
     where = base if name == 'peft' or not run else run.with_suffix('.pth')
-    model = GPT.from_pretrained(where, cache_dir, weights)
+    model = GPT.from_pretrained(where, cache_dir, weights, mapped=True)
     if name == 'peft':
         load_adapter(model, Path(out_dir, 'adapter.safetensors'))
     return model.eval()
@@ -185,60 +184,17 @@ def compare_lossy(model, exported):
     equal = mean(a == b for both in zip(*answers) for a, b in zip_longest(*both))
     print(f'  {100 * equal:.2f} % of greedy ids equal, over {len(rows)} test rows')
 
-def export(name):
-    """Write a format and let its program read it; what passes takes the place of an earlier export."""
-    path, folder, failed = (Path(out_dir, 'export', name + end) for end in ('', '.tmp', '.failed'))
-    # what model.py computes
-    model = load_model(name)
-    shape = model.config
-    encoded = [encode_prompt(row)[-shape.block_size // 2:] for row in PROMPTS]
-    prompts = [[i % shape.vocab_size for i in ids] for ids in encoded]
-    logits = [model(torch.tensor([prompt]))[0][0] for prompt in prompts]
-    answers = model.generate(prompts, 20, eos=-1)
-    # write
-    for old in folder, failed:
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        FORMATS[name][0](model, folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f'cannot write {path}: {error}') from error
-    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
-    print(f'{name}: {size:.2f} GB, {path}', flush=True)
-    del model
-    # let its program read it, and compare
-    try:
-        for exported in open_exported(name, folder, shape, base):
-            theirs = exported.generate(prompts, 20, eos=-1)
-            moved = [exported.step(ids, None)[0] - its for ids, its in zip(prompts, logits)]
-            difference = max(tensor.abs().max().item() for tensor in moved)
-            print(f'  {exported.program}: largest difference of logits {difference:.1e}, greedy ids '
-                  f'{"equal" if theirs == answers else "differ"}')
-            # on a CPU llama.cpp looks GELU up in fp16, which has 11 bits
-            tolerance = 1e-3 * max(its.abs().max().item() for its in logits) if name == 'gguf' else 1e-4
-            if {'gguf': gguf_type, 'onnx': onnx_type}.get(name) in ('F16', 'Q8_0', 'int8'):
-                compare_lossy(load_model(name), exported)
-            elif theirs != answers or difference > tolerance:
-                raise ValueError(f'logits may differ by {tolerance:.1e}, and greedy ids must be equal')
-    except UserError as error:
-        print(f'  written, not verified: {error}')
-    except Exception as error:
-        folder.rename(failed)
-        sys.exit(f'export.py: {failed} does not compute what model.py does: {error}')
-    shutil.rmtree(path, ignore_errors=True)
-    folder.rename(path)
-
-keep_freed_memory()
 torch.set_grad_enabled(False)
-logging.disable(logging.WARNING)  # of exporters and programs, on what does not concern the user
-warnings.simplefilter('ignore')
+logging.disable(logging.WARNING)  # of libraries, on what does not concern the user
+logging.captureWarnings(True)
 formats = [name.strip() for name in to.split(',')]
 if not set(formats) <= set(FORMATS) or gguf_type not in GGUF_TYPES or onnx_type not in ONNX_TYPES:
     raise UserError(f'to may name {", ".join(FORMATS)}; gguf_type F32, F16, Q8_0; onnx_type float32, int8')
 missing = [module for name in formats for module in FORMATS[name][1] if not find_spec(module)]
 if missing:
     raise UserError(f'to={to!r} needs packages: pip install {" ".join(missing)}')
+if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
+    raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
 # the run, unless a flag names another model
 is_given = any(arg.startswith('--init_from=') for arg in sys.argv)
 run = None if is_given else newest(Path(out_dir).glob('*-sft.json'))
@@ -247,4 +203,48 @@ if not run and not is_given:
 base = json.loads(run.read_text(encoding='utf-8'))['init_from'] if run else init_from
 hub_name = f'openai-community/{base}' if base in RELEASED else base
 for name in formats:
-    export(name)
+    path, folder, failed = (Path(out_dir, 'export', name + end) for end in ('', '.tmp', '.failed'))
+    # what model.py computes
+    model = load_model(name)
+    shape = model.config
+    prompts = [[i % shape.vocab_size for i in encode_prompt(row)][-shape.block_size // 2:] for row in PROMPTS]
+    answers = model.generate(prompts, 20, eos=-1)
+    logits = [model(torch.tensor([prompt + ids]))[0][0] for prompt, ids in zip(prompts, answers)]
+    # write
+    for old in folder, failed:
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        FORMATS[name][0](model, folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f'cannot write {path}: {error}') from error
+    print(f'{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e9:.2f} GB, {path}', flush=True)
+    del model
+    # let its program read it, and compare: the prompts, and upon their past the greedy ids
+    try:
+        for exported in open_exported(name, folder, shape, base):
+            difference, equal = torch.zeros(()), 0
+            for prompt, ids, expected in zip(prompts, answers, logits):
+                first, past = exported.step(prompt, None)
+                found = torch.cat((first, exported.step(ids, past)[0]))
+                difference = torch.maximum(difference, (found - expected).abs().max())  # nan stays nan
+                equal += found[len(prompt) - 1:-1].argmax(1).tolist() == ids
+            print(f'  {exported.program}: largest difference of logits {difference:.1e}, '
+                  f'greedy ids of {equal} of {len(prompts)} prompts equal')
+            # on a CPU llama.cpp looks GELU up in fp16, which has 11 bits
+            tolerance = 1e-3 * max(its.abs().max() for its in logits) if name == 'gguf' else 1e-4
+            if {'gguf': gguf_type, 'onnx': onnx_type}.get(name) in ('F16', 'Q8_0', 'int8'):
+                compare_lossy(load_model(name), exported)
+            elif equal < len(prompts) or not difference <= tolerance:
+                raise ValueError(f'logits may differ by {tolerance:.1e}, greedy ids not at all')
+    except UserError as error:
+        print(f'  written, not verified: {error}')
+    except Exception as error:
+        folder.rename(failed)
+        sys.exit(f'export.py: {failed} does not compute what model.py does: {error}')
+    for old in list(path.glob('*.gguf')):  # those of other types stay
+        if not (folder / old.name).exists():
+            old.rename(folder / old.name)
+    shutil.rmtree(path, ignore_errors=True)
+    folder.rename(path)

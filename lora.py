@@ -133,7 +133,7 @@ def save_peft(model, folder, base):
              for name, p in model.named_parameters() if name.endswith(('.A', '.B'))}
     save_file(state, folder / 'adapter_model.safetensors', {'format': 'pt'})
     write_json(folder / 'adapter_config.json', {
-        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'inference_mode': True,
+        'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base,
         'r': model.lora['rank'], 'lora_alpha': model.lora['alpha'], 'lora_dropout': 0.0, 'bias': 'none',
-        'fan_in_fan_out': True,  # transformers holds GPT-2's matrices (in, out)
-        'target_modules': model.lora['targets'].replace(' ', '').split(',')})
+        'inference_mode': True, 'target_modules': model.lora['targets'].replace(' ', '').split(','),
+        'fan_in_fan_out': True})  # transformers holds GPT-2's matrices (in, out)

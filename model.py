@@ -193,11 +193,12 @@ class GPT(nn.Module):
         return F.cross_entropy(logits, targets, reduction='none')
 
     @classmethod
-    def from_pretrained(cls, where, cache_dir='', weights='openai', dropout=0.0):
+    def from_pretrained(cls, where, cache_dir='', weights='openai', dropout=0.0, mapped=False):
         """
         where: a name of RELEASED, or the path of OpenAI's, Hugging Face's or our own file or folder. Names
-        are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), first from `weights`.
-        -> a GPT in fp32 on the CPU, in training mode. ModelError names the file or the tensor at fault.
+        are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), first from `weights`. mapped:
+        the file stays mapped, for half the memory. -> a GPT in fp32 on the CPU, in training mode.
+        ModelError names the file or the tensor at fault.
         """
         if weights not in ('openai', 'huggingface'):
             raise ModelError(f"weights is 'openai' or 'huggingface', not {weights!r}")
@@ -210,7 +211,7 @@ class GPT(nn.Module):
             config = GPTConfig(**fields, dropout=dropout)
             with torch.device('meta'):  # no memory and no random numbers for weights that are overwritten
                 model = cls(config).to_empty(device='cpu')
-            model.load_weights(tensors, path)
+            model.load_weights(tensors, path, mapped)
         except CorruptFile as error:
             if where not in RELEASED:
                 raise
@@ -220,7 +221,7 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def load_weights(self, tensors, path):
+    def load_weights(self, tensors, path, mapped=False):
         """Copy (name, tensor) pairs of path into the parameters: every one, in its shape, and no others."""
         # one tensor at a time, so that a memory-mapped file is never in memory twice
         missing = dict(self.named_parameters())
@@ -232,7 +233,7 @@ class GPT(nn.Module):
             p = missing.pop(name)
             if tensor.shape != p.shape or not tensor.is_floating_point():
                 raise ModelError(f'{found}; in {kind} it is {tuple(p.shape)}')
-            p.copy_(tensor)
+            p.data = tensor.float() if mapped else p.copy_(tensor)
         if missing:
             raise ModelError(f'{path}: {", ".join(missing)[:200]} of {kind} is missing')
 

@@ -121,7 +121,8 @@ def open_exported(name, folder, config, base):
     try:
         steps = read_peft(folder, base) if name == 'peft' else READERS[name](folder)
     except ImportError as error:
-        raise UserError(f'{folder} needs a package: pip install {error.name.replace("_", "-")}') from error
+        package = {'llama_cpp': 'llama-cpp-python'}.get(error.name, error.name)
+        raise UserError(f'{name} needs a package: pip install {package}') from error
     return [Exported(program, step, config) for program, step in steps]
 
 def transformers_step(net):
@@ -141,7 +142,8 @@ def read_peft(folder, base):
     from transformers import GPT2Config, GPT2LMHeadModel
     base = GPT.from_pretrained(base, cache_dir, weights)
     c, state = base.config, {name: transpose_conv1d(name, p) for name, p in base.state_dict().items()}
-    net = GPT2LMHeadModel(GPT2Config(c.vocab_size, c.block_size, c.n_embd, c.n_layer, c.n_head))
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
+                                     n_layer=c.n_layer, n_head=c.n_head))
     net.transformer.load_state_dict(state)
     return [('peft', transformers_step(PeftModel.from_pretrained(net, folder).eval()))]
 

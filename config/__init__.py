@@ -134,6 +134,22 @@ def atomic_write(path, write, mode='w'):
 def write_json(path, value):
     atomic_write(path, lambda file: json.dump(value, file, indent=1))
 
+def write_safetensors(path, tensors):
+    """
+    Write {name: fp32 tensor of any strides}, one after the other: the package safetensors takes contiguous
+    ones only, so that a transposed model would be in memory twice.
+    """
+    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + 4 * tensor.numel()]
+        header[name] = {'dtype': 'F32', 'shape': list(tensor.shape), 'data_offsets': offsets}
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)
+    with open(path, 'wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy())
+
 def read_jsonl(path):
     """-> the objects of a JSONL file, without lines that an interruption cut; nan and inf become None."""
     records = []
