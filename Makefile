@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to scores · make test · make bench · make clean
+# make demo: from a fresh clone to scores · make test · make interop · make bench · make clean
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
@@ -9,8 +9,13 @@ $(VENV)/demo: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/test: $(VENV)/demo requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/test: $(VENV)/demo requirements-dev.txt requirements-export.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-export.txt
+	touch $@
+
+# compiles llama.cpp: some minutes
+$(VENV)/interop: $(VENV)/test requirements-interop.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	touch $@
 
 demo: $(VENV)/demo
@@ -23,6 +28,9 @@ test: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -n auto
 
+interop: $(VENV)/interop
+	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py
+
 bench: $(VENV)/test
 	$(RUN) tests/bench.py
 
@@ -30,4 +38,4 @@ clean:
 	rm -rf out data/*/ .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
-.PHONY: demo test bench clean
+.PHONY: demo test interop bench clean

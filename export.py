@@ -28,12 +28,9 @@ from prepare import EOS, detokenize, encode_prompt, gguf_tokenizer, modelfile, r
 from sample import newest, open_exported, reference_losses
 
 # -----------------------------------------------------------------------------
-# model
 out_dir = 'out'  # the run: its newest <model>-sft.pth; for peft its adapter.safetensors
 init_from = 'gpt2-medium'  # given as a flag: this model instead of the run's; for peft the base
-weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
-cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
-# formats
+cache_dir = ''  # where the files of GPT-2's names are kept; empty: gpt2-sft in the user's cache folder
 to = 'huggingface'  # 'huggingface', 'peft', 'gguf', 'onnx', 'torchscript'; several with commas
 shard_size = '5GB'  # of huggingface: larger weights become files of this size and an index
 gguf_type = 'F32'  # 'F32', 'F16', 'Q8_0'
@@ -148,12 +145,13 @@ def write_onnx(model, folder):
 
 def write_torchscript(model, folder):
     """ids (B, T) -> logits (B, T, vocab), as a TorchScript and as a torch.export program."""
-    name, ids, forward = folder / model.config.name, torch.zeros(2, 3, dtype=torch.long), model.forward
+    name, ids, forward = model.config.name, torch.zeros(2, 3, dtype=torch.long), model.forward
     # positions are made of the ids, and so on their device
     model.forward = lambda ids: forward(ids, positions=torch.ones_like(ids).cumsum(1) - 1)[0]
-    torch.jit.save(torch.jit.trace(model, ids, check_trace=False), f'{name}.pt')
+    script = torch.jit.trace(model, ids, check_trace=False)
+    (folder / f'{name}.pt').write_bytes(script.save_to_buffer())  # on a full disk its own save() aborts
     sizes = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
-    torch.export.save(torch.export.export(model, (ids,), dynamic_shapes=(sizes,)), f'{name}.pt2')
+    torch.export.save(torch.export.export(model, (ids,), dynamic_shapes=(sizes,)), folder / f'{name}.pt2')
 
 FORMATS = {  # writer, the packages that it needs
     'huggingface': (write_huggingface, ['safetensors', 'tokenizers']),
@@ -167,7 +165,7 @@ FORMATS = {  # writer, the packages that it needs
 def load_model(name):
     """-> what a format holds: for peft the base with the adapter, else the model of the run or init_from."""
     where = base if name == 'peft' or not run else run.with_suffix('.pth')
-    model = GPT.from_pretrained(where, cache_dir, weights, mapped=True)
+    model = GPT.from_pretrained(where, cache_dir, mapped=True)
     if name == 'peft':
         load_adapter(model, Path(out_dir, 'adapter.safetensors'))
     return model.eval()
@@ -223,7 +221,7 @@ for name in formats:
     del model
     # let its program read it, and compare: the prompts, and upon their past the greedy ids
     try:
-        for exported in open_exported(name, folder, shape, base):
+        for exported in open_exported(name, folder, shape, base, cache_dir):
             difference, equal = torch.zeros(()), 0
             for prompt, ids, expected in zip(prompts, answers, logits):
                 first, past = exported.step(prompt, None)
@@ -242,7 +240,8 @@ for name in formats:
         print(f'  written, not verified: {error}')
     except Exception as error:
         folder.rename(failed)
-        sys.exit(f'export.py: {failed} does not compute what model.py does: {error}')
+        reason = str(error).partition('\n')[0]
+        sys.exit(f'export.py: {failed} does not compute what model.py does: {reason}')
     for old in list(path.glob('*.gguf')):  # those of other types stay
         if not (folder / old.name).exists():
             old.rename(folder / old.name)

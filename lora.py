@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import UserError, atomic_write, write_json
+from config import UserError, atomic_write, write_json, write_safetensors
 
 MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
 ALL_MATRICES = ','.join(MATRICES)
@@ -128,10 +128,9 @@ def load_adapter(model, path):
 
 def save_peft(model, folder, base):
     """Write the adapter as the package peft reads it, for transformers' model `base`, a name or folder."""
-    from safetensors.torch import save_file
     state = {f'base_model.model.transformer.{name[:-2]}.lora_{name[-1]}.weight': gather(p)
              for name, p in model.named_parameters() if name.endswith(('.A', '.B'))}
-    save_file(state, folder / 'adapter_model.safetensors', {'format': 'pt'})
+    write_safetensors(folder / 'adapter_model.safetensors', state)
     write_json(folder / 'adapter_config.json', {
         'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base,
         'r': model.lora['rank'], 'lora_alpha': model.lora['alpha'], 'lora_dropout': 0.0, 'bias': 'none',

@@ -116,10 +116,10 @@ class Exported:
             losses.append(F.cross_entropy(logits[supervised], its_targets[supervised], reduction='none'))
         return None, torch.cat(losses)
 
-def open_exported(name, folder, config, base):
-    """-> the models in a folder of export.py: two for torchscript, else one; for peft on the model `base`."""
+def open_exported(name, folder, config, base, cache_dir):
+    """-> the models in a folder of export.py: two of torchscript, else one; of peft upon the model `base`."""
     try:
-        steps = read_peft(folder, base) if name == 'peft' else READERS[name](folder)
+        steps = read_peft(folder, base, cache_dir) if name == 'peft' else READERS[name](folder)
     except ImportError as error:
         package = {'llama_cpp': 'llama-cpp-python'}.get(error.name, error.name)
         raise UserError(f'{name} needs a package: pip install {package}') from error
@@ -137,10 +137,10 @@ def read_huggingface(folder):
     disable_progress_bar()
     return [('transformers', transformers_step(AutoModelForCausalLM.from_pretrained(folder)))]
 
-def read_peft(folder, base):
+def read_peft(folder, base, cache_dir):
     from peft import PeftModel
     from transformers import GPT2Config, GPT2LMHeadModel
-    base = GPT.from_pretrained(base, cache_dir, weights)
+    base = GPT.from_pretrained(base, cache_dir)
     c, state = base.config, {name: transpose_conv1d(name, p) for name, p in base.state_dict().items()}
     net = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
                                      n_layer=c.n_layer, n_head=c.n_head))
@@ -307,7 +307,8 @@ if __name__ == '__main__':
         about, name = f'{out}/export/{exported}', f'{PREDICTIONS}-{exported}'
         if exported not in READERS or not Path(about).exists():
             raise UserError(f'there is no {about}: python export.py, with --to of {", ".join(READERS)}')
-        model = open_exported(exported, Path(about), GPTConfig(**made['model']), made['init_from'])[0]
+        shape = GPTConfig(**made['model'])
+        model = open_exported(exported, Path(about), shape, made['init_from'], cache_dir)[0]
     elif run:
         model = GPT.from_pretrained(run.with_suffix('.pth'))
         about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'

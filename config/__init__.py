@@ -28,7 +28,7 @@ def print_in_one_line(kind, error, traceback):
     exit_code = 130 if kind is KeyboardInterrupt else getattr(kind, 'exit_code', None)
     if exit_code is None:
         return sys.__excepthook__(kind, error, traceback)
-    message = 'interrupted' if kind is KeyboardInterrupt else error
+    message = 'interrupted' if kind is KeyboardInterrupt else str(error).partition('\n')[0]
     print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
     sys.exit(exit_code)
 
