@@ -111,7 +111,9 @@ def modelfile(gguf, **settings):
     """-> the text of a Modelfile, from which Ollama makes a model of the file `gguf` beside it."""
     template = HEAD + '{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}' + TAIL
     settings = {'stop': f'"{END}"', 'temperature': 0} | settings
-    lines = [f'FROM ./{gguf}', f'TEMPLATE """{template}"""']
+    name = gguf.removesuffix('.gguf').lower()
+    lines = [f'# ollama create {name} -f Modelfile', f'# ollama run {name} "Name three trees."',
+             f'FROM ./{gguf}', f'TEMPLATE """{template}"""']
     return '\n'.join(lines + [f'PARAMETER {key} {value}' for key, value in settings.items()]) + '\n'
 
 def encode_prompt(row):

@@ -307,7 +307,7 @@ if __name__ == '__main__':
         about, name = f'{out}/export/{exported}', f'{PREDICTIONS}-{exported}'
         if exported not in READERS or not Path(about).exists():
             raise UserError(f'there is no {about}: python export.py, with --to of {", ".join(READERS)}')
-        shape = GPTConfig(**made['model'])
+        device, shape = torch.device('cpu'), GPTConfig(**made['model'])
         model = open_exported(exported, Path(about), shape, made['init_from'], cache_dir)[0]
     elif run:
         model = GPT.from_pretrained(run.with_suffix('.pth'))

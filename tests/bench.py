@@ -339,6 +339,10 @@ def bench_judge(args, data):
     subprocess.run([sys.executable, Path(__file__).with_name('bench_judge.py')], check=True)
 
 
+def bench_export(args, data):
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_export.py'), args.size], check=True)
+
+
 def bench_growth(args, data):
     def rows_of(cases):
         results = [(name, child('step', *more)) for name, *more in cases]
@@ -438,12 +442,12 @@ def run_child(data, what, size, *more):
 
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
-            'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge}
+            'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out load, lora, tricks and judge')
+    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out load, lora, tricks, judge and export')
     parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
@@ -453,7 +457,7 @@ def main():
     parser.add_argument('--without', choices=('onednn', 'backward'), help='a trick that is left out of what is measured')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'tricks', 'judge'))
+    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'tricks', 'judge', 'export'))
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
     child.data = args.data

@@ -77,3 +77,4 @@ def test_the_layout():
                for name in names - {'config'}}
     assert imports['model'] == set() and imports['prepare'] == {'config'} and imports['lora'] == {'config'}
     assert imports['judge'] == {'config'} and imports['train'] == imports['sample'] == {'config', 'prepare', 'model', 'lora'}
+    assert imports['export'] == {'config', 'prepare', 'model', 'lora', 'sample', 'judge'}

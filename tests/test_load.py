@@ -422,3 +422,24 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / 'x.txt').write_text('x')
     assert 'x.txt is no *.pth' in fault_of(tmp_path / 'x.txt')
     assert "weights is 'openai' or 'huggingface', not 'meta'" in fault_of(TINY, weights='meta')
+
+
+@pytest.mark.parametrize('form', ['openai', 'pth', 'safetensors'])
+def test_mapped_weights_are_the_same_and_the_file_stays_as_it_is(tmp_path, form):
+    from safetensors.torch import save_file
+    where, plain = TINY, GPT.from_pretrained(TINY)
+    if form == 'pth':
+        where = tmp_path / 'tiny-sft.pth'
+        torch.save(plain.state_dict(), where)
+        where.with_suffix('.json').write_text(json.dumps({'model': vars(plain.config)}))
+    elif form == 'safetensors':
+        where = tmp_path / 'model.safetensors'
+        save_file({name: model_file.transpose_conv1d(name, p.data).contiguous() for name, p in plain.named_parameters()}, where)
+        (tmp_path / 'config.json').write_text((TINY / 'hparams.json').read_text())
+    files = [path for path in (where.iterdir() if where.is_dir() else [where]) if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    mapped = GPT.from_pretrained(where, mapped=True)
+    for (name, p), q in zip(plain.named_parameters(), mapped.parameters()):
+        assert torch.equal(p, q) and q.dtype == torch.float32, name
+        q.data.zero_()  # a private mapping
+    assert {path: path.read_bytes() for path in files} == before
