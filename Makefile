@@ -26,10 +26,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q -n auto --dist loadgroup
+	$(RUN) -m pytest -q -n auto
 
 interop: $(VENV)/interop
-	INTEROP=1 $(RUN) -m pytest -q -n auto --dist loadgroup tests/test_export.py
+	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py
 
 bench: $(VENV)/test
 	$(RUN) tests/bench.py
