@@ -70,7 +70,8 @@ def write_huggingface(model, folder):
     write_configs(model.config, folder)
     # the model card: how it was made, from what data, and its scores
     card, path = ['---\nlibrary_name: transformers\ntags: [gpt2, alpaca]\n---'], Path(out_dir, 'scores.json')
-    card += [f'# {run.stem if run else init_from}', 'A GPT-2 for one instruction in the Alpaca template.']
+    card += [f'# {run.stem if run else init_from}', 'A GPT-2 that follows one instruction. Its use:',
+             "`pipeline('text-generation', folder)([{'role': 'user', 'content': 'Name three trees.'}])`\n"]
     if run:
         card += [f'How it was made, with the sha256 of its data:\n```json\n{run.read_text("utf-8")}\n```']
     if run and path.exists():
