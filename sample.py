@@ -151,7 +151,7 @@ def read_gguf(folder):
     from llama_cpp import GGML_TYPE_F32, Llama
     # keys and values in fp32, too; llama.cpp's default is fp16
     llama = Llama(str(newest(folder.glob('*.gguf'))), n_ctx=0, logits_all=True, verbose=False,
-                  type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+                  n_threads=torch.get_num_threads(), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
 
     def step(ids, past):
         llama.n_tokens = past or 0

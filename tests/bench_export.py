@@ -61,9 +61,11 @@ def measure_speed(folder, name):
     """Print the tokens per second of one prompt, decoded greedily: the median of three, for each program that reads the format."""
     import torch
 
+    from config import keep_freed_memory
     from model import GPT
     from prepare import encode_prompt
     from sample import open_exported
+    keep_freed_memory()  # as the stages do; it helps the others, too
     torch.set_grad_enabled(False)
     model = GPT.from_pretrained(folder).eval()
     models, prompts = {'model.py': model}, [encode_prompt(PROMPT)]
