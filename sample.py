@@ -4,6 +4,7 @@ Answer the test split with the fine-tuned model and with the one it came from; o
     python sample.py config/sft_medium.py
     python sample.py config/sft_medium.py --prompt="Rewrite in passive voice." --input="The cat ate the fish."
     python sample.py config/sft_medium.py --interactive=True
+    python sample.py config/sft_medium.py --exported=gguf
     torchrun --nproc_per_node=2 sample.py config/sft_medium.py
 """
 import functools
@@ -108,6 +109,11 @@ class Exported:
             on_done(i, answers[-1])
         return answers
 
+    def logits(self, ids, more):
+        """-> logits (T, vocab) of ids, and then of more, upon the past that ids left."""
+        first, past = self.step(ids, None)
+        return torch.cat((first, self.step(more, past)[0]))
+
     def __call__(self, idx, targets, positions, loss_reduction):
         """GPT.forward with loss_reduction='none'."""
         losses = []
@@ -121,7 +127,7 @@ def open_exported(name, folder, config, base, cache_dir):
     try:
         steps = read_peft(folder, base, cache_dir) if name == 'peft' else READERS[name](folder)
     except ImportError as error:
-        package = {'llama_cpp': 'llama-cpp-python'}.get(error.name, error.name)
+        package = {'llama_cpp': 'llama-cpp-python'}.get(error.name, error.name or error)
         raise UserError(f'{name} needs a package: pip install {package}') from error
     return [Exported(program, step, config) for program, step in steps]
 

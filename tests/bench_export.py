@@ -16,15 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from bench_load import peak  # noqa: E402
 
 PROMPT = {'instruction': 'Rewrite the sentence in the passive voice.', 'input': 'Tom wrote the song.'}
 NEW = 24  # tokens after the prompt
 FORMATS = [('huggingface',), ('gguf',), ('gguf', '--gguf_type=F16'), ('gguf', '--gguf_type=Q8_0'), ('onnx',), ('torchscript',)]
-
-
-def peak():
-    """-> bytes: the most memory that this process has had, mapped files included."""
-    return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
 
 
 def write_run(folder, size):

@@ -255,11 +255,14 @@ def test_gguf_file(exported, lossy, model, kind, bits):
     assert len(value['tokenizer.ggml.merges']) == 50000 and not value['tokenizer.ggml.add_bos_token']
     assert value['tokenizer.chat_template'] == CHAT_TEMPLATE
     tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
-    ours = {'token_embd.weight': 'wte.weight', 'position_embd.weight': 'wpe.weight', 'output_norm.bias': 'ln_f.bias',
-            'blk.1.attn_qkv.weight': 'h.1.attn.c_attn.weight', 'blk.0.ffn_down.weight': 'h.0.mlp.c_proj.weight',
-            'blk.0.attn_norm.weight': 'h.0.ln_1.weight', 'blk.1.ffn_up.bias': 'h.1.mlp.c_fc.bias'}
+    ours = {'token_embd.weight': 'wte.weight', 'position_embd.weight': 'wpe.weight'}
+    ours |= {f'output_norm.{part}': f'ln_f.{part}' for part in ('weight', 'bias')}
+    layers = {'attn_norm': 'ln_1', 'attn_qkv': 'attn.c_attn', 'attn_output': 'attn.c_proj', 'ffn_norm': 'ln_2', 'ffn_up': 'mlp.c_fc',
+              'ffn_down': 'mlp.c_proj'}
+    ours |= {f'blk.{i}.{theirs}.{part}': f'h.{i}.{name}.{part}'
+             for i in range(2) for theirs, name in layers.items() for part in ('weight', 'bias')}
     state = model.state_dict()
-    assert len(tensors) == len(state)
+    assert set(tensors) == set(ours) and set(state) == set(ours.values())
     for theirs, name in ours.items():
         expected = state[name].numpy()
         assert tensors[theirs].shape == expected.shape
