@@ -222,7 +222,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load_weights(self, tensors, path, mapped=False):
-        """Copy or map (name, tensor) pairs of path to the parameters: each one, in its shape, and no others."""
+        """Copy or map (name, tensor) pairs of path to the parameters: all, in their shapes, and no others."""
         # one tensor at a time, so that a memory-mapped file is never in memory twice
         missing = dict(self.named_parameters())
         kind = f'a GPT-2 of {self.config.n_layer} layers, width {self.config.n_embd}'
