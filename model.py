@@ -20,7 +20,6 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # a target that is not supervised
 LOGITS_CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
-PREFILL_CHUNK = 1024  # prompt positions, at least, that a prefill computes at once
+PREFILL_CHUNK = 1024  # prompt positions, about, that a prefill computes at once
 MAX_ROWS = 256  # rows that generate works on at once, at most
 CACHE_GROWTH = 64  # positions by which the KV cache grows
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
@@ -41,30 +40,24 @@ class ModelError(Exception):
 
 class CorruptFile(ModelError):
     """A file whose content is wrong: a checksum, a size, a format or a shape says so."""
-
     def __init__(self, path, reason):
         super().__init__(f'cannot read {path}: ' + (str(reason) or type(reason).__name__).splitlines()[0])
         self.path = path
 
 # --- the network
 
-def linear(x, weight, bias=None, gelu=False):
-    """
-    F.linear, then OpenAI's GELU if asked for: the tanh approximation; the exact one moves logits by 4e-4.
-    For the few rows of generation on a CPU by oneDNN, as torch.compile does it: 9 % less time on Medium.
-    """
+def linear(x, weight, bias=None):
+    """F.linear; for the few rows of generation on a CPU by oneDNN, as torch.compile does: 9 % less time."""
     few_rows = ONEDNN and torch.is_inference_mode_enabled() and x.numel() <= MAX_ROWS * x.size(-1)
     if few_rows and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 \
             and not torch.is_autocast_enabled('cpu'):
-        function, variant = ('gelu', 'tanh') if gelu else ('none', '')
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, function, [], variant)
-    x = F.linear(x, weight, bias)
-    return F.gelu(x, approximate='tanh') if gelu else x
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+    return F.linear(x, weight, bias)
 
 class Linear(nn.Linear):
     """nn.Linear by the function above. x (..., in) -> (..., out)."""
-    def forward(self, x, gelu=False):
-        return linear(x, self.weight, self.bias, gelu)
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -92,9 +85,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        if isinstance(self.c_fc, Linear):
-            return self.c_proj(self.c_fc(x, gelu=True))
-        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))  # a layer of LoRA or in 4 bits
+        # OpenAI's GELU is the tanh approximation; the exact one moves logits by 4e-4
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
 
 class Block(nn.Module):
     """Pre-norm: what attention and the MLP make of the normalized x is added to x. (B, T, C) -> (B, T, C)."""
@@ -141,12 +133,12 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # GPT-2's initialization: 0.02, less for positions and for what is added to the residual stream
+        # GPT-2's initialization: 0.02, less for positions and, so that depth does not grow the sum, for what
+        # is added to the residual stream
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif name.endswith('c_proj.weight'):
-                # scaled by the number of residual additions, so that depth does not grow their sum
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
             elif 'ln_' not in name:
                 nn.init.normal_(p, std=0.01 if name == 'wpe.weight' else 0.02)
@@ -208,16 +200,15 @@ class GPT(nn.Module):
             if where in RELEASED and GPTConfig(**fields) != RELEASED[where][0]:
                 wrong = path.with_name('hparams.json') if path.suffix == '.index' else path
                 raise CorruptFile(wrong, f'it is not that of {where}')
-            config = GPTConfig(**fields, dropout=dropout)
             with torch.device('meta'):  # no memory and no random numbers for weights that are overwritten
-                model = cls(config).to_empty(device='cpu')
+                model = cls(GPTConfig(**fields, dropout=dropout)).to_empty(device='cpu')
             model.load_weights(tensors, path, mapped)
         except CorruptFile as error:
             if where not in RELEASED:
                 raise
             error.path.unlink(missing_ok=True)
             raise ModelError(f'{error}; it is removed: start again to download it') from error
-        print(f'loaded {path} as {config.name}')
+        print(f'loaded {path} as {model.config.name}')
         return model
 
     @torch.no_grad()
@@ -249,85 +240,99 @@ class GPT(nn.Module):
         ModelError: a prompt is empty or leaves no room.
         """
         # what cannot be answered is refused before anything is computed
-        block_size = self.config.block_size
-        for i, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < block_size:
-                raise ModelError(f'prompt {i} has {len(prompt)} tokens; it may have 1 to {block_size - 1}')
-            if max(prompt) >= self.config.vocab_size:
-                raise ModelError(f'prompt {i} has token {max(prompt)} of {self.config.vocab_size}')
-        # a row: its number, its ids with the new ones, the length at which it ends, its random numbers
-        rngs = [np.random.default_rng((abs(seed), zlib.crc32(np.array(p, '<i8').tobytes()))) for p in prompts]
-        limits = [min(len(p) + max_new_tokens, block_size) for p in prompts]
-        rows = [SimpleNamespace(number=i, ids=list(prompts[i]), limit=limits[i], rng=rngs[i])
-                for i in range(len(prompts))]
-        answers = [[] for _ in prompts]
-        waiting = sorted(rows, key=lambda row: len(row.ids)) if max_new_tokens > 0 else []
+        rows = [Row(self.config, prompt, max_new_tokens, temperature, top_k, seed, eos, f'prompt {i}')
+                for i, prompt in enumerate(prompts)]
+        if not rows or max_new_tokens < 1:
+            return [[] for _ in rows]
+        waiting = sorted(rows, key=lambda row: len(row.ids))
         was_training = self.training
         self.eval()
         try:
-            cache = KVCache(self, rows, cache_bytes) if waiting else None
-            while waiting or cache and cache.rows:
+            cache = KVCache(self, os.path.commonprefix([row.ids[:-1] for row in rows]), cache_bytes)
+            max_rows = cache.max_rows(max(row.limit for row in rows))
+            while waiting or cache.rows:
                 # prefill while half of the slots are free, the longest prompts first; else decode
-                if waiting and len(cache.rows) <= cache.max_rows // 2:
-                    free = cache.max_rows - len(cache.rows)
-                    batch = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                    logits = cache.prefill(batch)
-                else:
-                    batch = list(cache.rows)
-                    logits = cache.decode_step()
-                # one new id for each row of the batch; rows that end with it leave
-                new_ids = sample_tokens(logits, temperature, top_k, [row.rng.random() for row in batch])
-                for row, new_id in zip(batch, new_ids):
-                    row.ids.append(new_id)
-                    if new_id == eos or len(row.ids) == row.limit:
-                        cache.evict(row)
-                        answer = row.ids[len(prompts[row.number]):]
-                        answers[row.number] = answer[:-1] if new_id == eos else answer
-                        if on_done:
-                            on_done(row.number, answers[row.number])
+                joining = []
+                if waiting and len(cache.rows) <= max_rows // 2:
+                    joining = [waiting.pop() for _ in range(min(max_rows - len(cache.rows), len(waiting)))]
+                for row in cache.step(joining)[0]:
+                    if row.finish_reason and on_done:
+                        on_done(rows.index(row), row.answer)
         finally:
             self.train(was_training)
-        return answers
+        return [row.answer for row in rows]
 
 # --- generation
 
+class Row:
+    """A prompt that is being answered. ids: its own, then the new ones. finish_reason: '' until it has ended,
+    then 'stop' at the end-of-text or 'length'. config: of the model; the other arguments are generate's."""
+    def __init__(self, config, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256,
+                 name='the prompt'):
+        if not 0 < len(prompt) < config.block_size:
+            raise ModelError(f'{name} has {len(prompt)} tokens; it may have 1 to {config.block_size - 1}')
+        if max(prompt) >= config.vocab_size:
+            raise ModelError(f'{name} has token {max(prompt)} of {config.vocab_size}')
+        self.ids, self.prompt_size, self.finish_reason = list(prompt), len(prompt), ''
+        self.limit = min(len(prompt) + max_new_tokens, config.block_size)
+        self.temperature, self.top_k, self.eos = temperature, top_k, eos
+        self.rng = np.random.default_rng((abs(seed), zlib.crc32(np.array(prompt, '<i8').tobytes())))
+
+    @property
+    def answer(self):
+        """-> the new ids, without the end-of-text."""
+        return self.ids[self.prompt_size:-1 if self.finish_reason == 'stop' else None]
+
 class KVCache:
     """
-    Keys and values of the rows that are being generated. `rows`: the row in each slot. A tensor per layer:
+    Keys and values of the rows that are being generated, which may join and leave between steps. `rows`: the
+    row in each slot; all begin with the ids `prefix`. A tensor per layer:
     `prefix_cache` (2, 1, H, P, C/H), keys and values of the P ids that all rows begin with, held once;
     `kv_cache` (2, slots, H, padded length, C/H), those of the ids after the prefix.
     """
-
-    def __init__(self, model, rows, max_bytes):
+    def __init__(self, model, prefix, max_bytes=4e9):
         H, C = model.config.n_head, model.config.n_embd
         device, dtype = model.wte.weight.device, model.wte.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # in which the layers return keys and values
         self.model, self.device, self.rows, self.P = model, device, [], 0
+        self.max_positions = max_bytes / (2 * C * len(model.h) * dtype.itemsize)
         # the prefix is computed once, as a row of its own
         self.prefix_cache = [torch.zeros(2, 1, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
         self.kv_cache = [torch.zeros(2, 0, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
-        prefix = os.path.commonprefix([row.ids[:-1] for row in rows])
         if prefix:
-            self.prefill([SimpleNamespace(ids=prefix)])
+            self.prefill([Row(model.config, prefix, 0)])
             self.prefix_cache = [kv[:, :1, :, :len(prefix)].clone() for kv in self.kv_cache]
             self.rows, self.P = [], len(prefix)
-        # so many rows fit, should each become as long as the longest may; the others wait until slots are
-        # free, so that no row has to leave before it has ended
-        max_positions = max_bytes / (2 * C * len(model.h) * dtype.itemsize)
-        longest = max(row.limit for row in rows) - self.P
-        self.max_rows = min(MAX_ROWS, max(1, int(max_positions / longest)))
+
+    def max_rows(self, limit):
+        """-> how many rows fit, should each become `limit` ids long, so that none has to leave early."""
+        return min(MAX_ROWS, max(1, int(self.max_positions / (limit - self.P))))
+
+    def step(self, joining):
+        """Prefill the rows that join, or if none do decode: a new id for each. Rows that have ended leave.
+        -> these rows, and the logits (rows, vocab) by which their ids were chosen."""
+        batch = joining or list(self.rows)
+        logits = self.prefill(joining) if joining else self.decode_step()
+        for row, new_id in zip(batch, sample_tokens(logits, batch)):
+            row.ids.append(new_id)
+            if new_id == row.eos or len(row.ids) == row.limit:
+                row.finish_reason = 'stop' if new_id == row.eos else 'length'
+                self.evict(row)
+        return batch, logits
 
     def resize(self):
         """Give each row a slot, and each slot the length of the longest row, in whole CACHE_GROWTHs."""
         longest = max(len(row.ids) for row in self.rows) - self.P
         length, slots = math.ceil(longest / CACHE_GROWTH) * CACHE_GROWTH, len(self.rows)
-        for layer, kv in enumerate(self.kv_cache):
-            self.kv_cache[layer] = F.pad(kv, (0, 0, 0, length - kv.size(3), 0, 0, 0, slots - kv.size(1)))
+        _, old_slots, _, old_length, _ = self.kv_cache[0].shape
+        if length != old_length or slots > old_slots:
+            for layer, kv in enumerate(self.kv_cache):
+                self.kv_cache[layer] = F.pad(kv, (0, 0, 0, length - old_length, 0, 0, 0, slots - old_slots))
 
     def evict(self, row):
         """Free the row's slot; the last row moves there, so that the first slots are those in use."""
-        slot = [id(other) for other in self.rows].index(id(row))  # rows with equal ids are not the same row
+        slot = self.rows.index(row)
         for kv in self.kv_cache:
             kv[:, slot] = kv[:, len(self.rows) - 1]
         self.rows[slot] = self.rows[-1]
@@ -335,18 +340,13 @@ class KVCache:
 
     def prefill(self, rows):
         """Compute the ids of rows into new slots -> logits (rows, vocab) of the id that follows each."""
-        slot, logits = len(self.rows), []
+        first = len(self.rows)
         self.rows += rows
         self.resize()
-        while slot < len(self.rows):
-            # as many whole rows as fill a chunk
-            slots, size = [], 0
-            while slot < len(self.rows) and size < PREFILL_CHUNK:
-                slots.append(slot)
-                size += len(self.rows[slot].ids) - self.P
-                slot += 1
-            logits.append(self.prefill_chunk(slots))
-        return torch.cat(logits)
+        # whole rows at once, about a chunk of positions
+        chunk = np.cumsum([len(row.ids) - self.P for row in rows]) // PREFILL_CHUNK
+        chunks = np.split(np.arange(first, len(self.rows)), np.flatnonzero(np.diff(chunk)) + 1)
+        return torch.cat([self.prefill_chunk(slots) for slots in chunks])
 
     def prefill_chunk(self, slots):
         """Compute the rows of these slots, packed back to back into one of N positions, without a pad."""
@@ -406,17 +406,17 @@ class KVCache:
         x = self.model.hidden_states(idx, positions, attend_of).flatten(0, 1)  # (B T, C)
         return linear(self.model.ln_f(x[last]), self.model.wte.weight)
 
-def sample_tokens(logits, temperature, top_k, uniform):
-    """logits (n, vocab) -> n ids: the likeliest, or where the cumulated probability passes uniform (n,)."""
-    if temperature == 0:
-        return logits.max(dim=1).indices.tolist()
-    if top_k:
-        logits, ids = logits.topk(min(top_k, logits.size(1)))
-    cumulated = (logits.float() / temperature).softmax(dim=1).cumsum(dim=1)
-    uniform = torch.tensor(uniform, dtype=torch.float32, device=logits.device)[:, None]
-    chosen = torch.searchsorted(cumulated, uniform * cumulated[:, -1:], right=True)
-    chosen = chosen.clamp(max=logits.size(1) - 1)  # in fp32 uniform may round to 1
-    return (ids.gather(1, chosen) if top_k else chosen)[:, 0].tolist()
+def sample_tokens(logits, rows):
+    """logits (n, vocab) -> n ids: a row's likeliest, or where the cumulated probability passes its number."""
+    new_ids = logits.max(dim=1).indices
+    for i, row in enumerate(rows):
+        if row.temperature > 0:
+            chances, ids = logits[i].topk(min(row.top_k, logits.size(1))) if row.top_k else (logits[i], None)
+            cumulated = (chances.float() / row.temperature).softmax(dim=0).cumsum(dim=0)
+            chosen = torch.searchsorted(cumulated, row.rng.random() * cumulated[-1:], right=True)
+            chosen = chosen.clamp(max=len(cumulated) - 1)  # in fp32 a number may round to the whole sum
+            new_ids[i] = chosen if ids is None else ids[chosen]
+    return new_ids.tolist()
 
 # --- checkpoints: which file, and what is in it
 

@@ -57,9 +57,10 @@ config = configure(globals())
 
 PREDICTIONS, BEFORE = 'instruction-data-with-response', 'instruction-data-with-response-before'
 out = Path(out_dir)
+HEADER_WORDS = '### Response:'  # which some models say again
 if __name__ == '__main__':
     device, compute_dtype, rank, world_size = init_device(device, dtype)
-else:  # export.py imports this file
+else:  # export.py and serve.py import this file
     device, compute_dtype, rank, world_size = torch.device('cpu'), torch.float32, 0, 1
 autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
 
@@ -68,24 +69,20 @@ autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != t
 def newest(paths):
     return max(paths, key=os.path.getmtime, default=None)
 
-def find_run():
+def find_run(out_dir, init_from):
     """-> the .json of the newest run in out_dir, or None if there is none or another model is asked for."""
-    run = newest(out.glob('*-sft.json'))
-    if adapter or not run:
+    run = newest(Path(out_dir).glob('*-sft.json'))
+    if not run:
         return None
     origin = json.loads(run.read_text(encoding='utf-8'))['init_from']
     return run if init_from in ('gpt2-medium', 'resume', origin) else None
 
-def load_before(init_from, shape, seed):
+def load_before(init_from, shape, seed, cache_dir, weights):
     """-> the model that training starts from; if that is 'scratch', made again from its shape and seed."""
     if init_from == 'scratch':
         torch.manual_seed(seed)
-        model = GPT(GPTConfig(**shape))
-    else:
-        model = GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
-    if adapter:
-        load_adapter(model, adapter)
-    return model
+        return GPT(GPTConfig(**shape))
+    return GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
 
 # --- what export.py wrote, in the programs that read it
 
@@ -191,14 +188,17 @@ READERS = {'huggingface': read_huggingface, 'peft': read_peft, 'gguf': read_gguf
 
 # --- answer
 
+def response_text(ids):
+    """New ids -> the answer's text."""
+    return detokenize(ids).strip().removeprefix(HEADER_WORDS).strip()
+
 def answer(model, rows, on_done):
     """Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends."""
     prompts = [encode_prompt(row) for row in rows]
 
     def finish(i, ids):
         limit = min(max_new_tokens, model.config.block_size - len(prompts[i]))
-        text = detokenize(ids).strip().removeprefix('### Response:').strip()
-        on_done(i, {'model_response': text, 'truncated': len(ids) == limit})
+        on_done(i, {'model_response': response_text(ids), 'truncated': len(ids) == limit})
 
     with autocast:
         model.generate(prompts, max_new_tokens, temperature, top_k, seed, on_done=finish)
@@ -304,7 +304,7 @@ def talk(model):
 if __name__ == '__main__':
     if max_new_tokens < 1 or temperature < 0 or top_k < 0:
         raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
-    run = find_run()
+    run = None if adapter else find_run(out_dir, init_from)
     made = json.loads(run.read_text(encoding='utf-8')) if run else {}
     name = PREDICTIONS if run else BEFORE
     if exported:
@@ -320,7 +320,9 @@ if __name__ == '__main__':
         about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'
     else:
         shape = {'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
-        model = load_before(init_from, shape, seed)
+        model = load_before(init_from, shape, seed, cache_dir, weights)
+        if adapter:
+            load_adapter(model, adapter)
         about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
     if not exported:
         model.to(device).eval()
@@ -338,5 +340,5 @@ if __name__ == '__main__':
         predict(model, name, about)
         if run and before and not exported:
             del model
-            model = load_before(made['init_from'], made['model'], made['config']['seed'])
+            model = load_before(made['init_from'], made['model'], made['config']['seed'], cache_dir, weights)
             predict(model.to(device).eval(), BEFORE, f'{made["init_from"]} (before fine-tuning)')

@@ -1,5 +1,4 @@
 """Generation: batches, the cache and the scheduling change nothing about the answers."""
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +59,8 @@ def test_rows_end_at_differing_times(model, prompts, cache_bytes):
 
 def rows_of(prompts, limit=BLOCK):
     """-> rows as generate makes them, the longest first."""
-    return [SimpleNamespace(ids=list(p), limit=limit) for p in sorted(prompts, key=len, reverse=True)]
+    config = GPTConfig(block_size=BLOCK, vocab_size=VOCAB)
+    return [model_module.Row(config, p, limit, eos=-1) for p in sorted(prompts, key=len, reverse=True)]
 
 
 def test_rows_that_do_not_fit_wait(model, prompts, monkeypatch):
@@ -84,7 +84,7 @@ def test_small_chunks(model, prompts, monkeypatch):
 @torch.no_grad()
 def test_cached_logits_equal_uncached(model, prompts):
     rows = rows_of([p for p in prompts if len(p) + 5 <= BLOCK])
-    cache = model_module.KVCache(model, rows, 1e9)
+    cache = model_module.KVCache(model, PREFIX)
     assert cache.P == 4
     logits = cache.prefill(rows)
     for _ in range(5):
@@ -99,7 +99,7 @@ def test_cached_logits_equal_uncached(model, prompts):
 def test_rows_join_and_leave_between_steps(model, prompts):
     """The machinery that generate schedules: prefill beside rows that decode, evict from the middle."""
     rows = rows_of(prompts[:6])
-    cache = model_module.KVCache(model, rows, 1e9)
+    cache = model_module.KVCache(model, PREFIX)
     latest = {}
 
     def feed(batch, logits):
@@ -120,11 +120,27 @@ def test_rows_join_and_leave_between_steps(model, prompts):
 
 
 @torch.no_grad()
+def test_rows_that_join_one_by_one_with_settings_of_their_own(model, prompts):
+    """serve.py's use: whatever else runs, a row gets the ids that generate gives it alone; its slot is used again."""
+    settings = [dict(temperature=0.0), dict(temperature=1.0, seed=3), dict(temperature=0.7, top_k=4), dict(temperature=0.0)] * 3
+    rows = [model_module.Row(model.config, p, NEW - i, eos=-1, **s) for i, (p, s) in enumerate(zip(prompts * 2, settings))]
+    cache, waiting, sizes = model_module.KVCache(model, PREFIX), list(rows), set()
+    while waiting or cache.rows:
+        joining = [waiting.pop(0)] if waiting and len(cache.rows) < 4 else []
+        batch, logits = cache.step(joining)
+        assert logits.shape == (len(batch), VOCAB) and batch == (joining or batch)
+        sizes.add(cache.kv_cache[0].size(1))
+    assert max(sizes) == 4
+    for i, (row, p, s) in enumerate(zip(rows, prompts * 2, settings)):
+        assert row.answer == model.generate([p], NEW - i, eos=-1, **s)[0] and row.finish_reason == 'length'
+
+
+@torch.no_grad()
 def test_double_precision(model, prompts):
     double = GPT(model.config).double()
     double.load_state_dict(model.state_dict())
     rows = rows_of(prompts[:3])
-    logits = model_module.KVCache(double, rows, 1e9).prefill(rows)
+    logits = model_module.KVCache(double, PREFIX).prefill(rows)
     expected = torch.stack([double(torch.tensor([row.ids]))[0][0, -1] for row in rows])
     torch.testing.assert_close(logits, expected, atol=1e-12, rtol=0)
 
@@ -168,12 +184,19 @@ def test_samples_depend_on_seed_and_prompt_alone(model, prompts, top_k):
     assert expected != model.generate(prompts, NEW, eos=-1)
 
 
+def sample_tokens(logits, temperature, top_k, numbers):
+    """model.py's, of rows that draw these numbers."""
+    rows = [SimpleNamespace(temperature=temperature, top_k=top_k, rng=SimpleNamespace(random=lambda number=number: number))
+            for number in numbers]
+    return model_module.sample_tokens(logits, rows)
+
+
 def test_samples_follow_the_probabilities(model, prompts):
     """First ids of 2,000 seeds against softmax, and none that top_k leaves out."""
     logits = torch.tensor([[1.0, 3.0, -1.0, 2.0]]).expand(2000, 4)
-    uniform = [(i + 0.5) / 2000 for i in range(2000)]
+    numbers = [(i + 0.5) / 2000 for i in range(2000)]
     for top_k, kept in ((0, [0, 1, 2, 3]), (2, [1, 3])):
-        counts = torch.bincount(torch.tensor(model_module.sample_tokens(logits, 0.7, top_k, uniform)), minlength=4) / 2000
+        counts = torch.bincount(torch.tensor(sample_tokens(logits, 0.7, top_k, numbers)), minlength=4) / 2000
         expected = torch.zeros(4)
         expected[kept] = (logits[0, kept] / 0.7).softmax(0)
         torch.testing.assert_close(counts, expected, atol=1e-3, rtol=0)
@@ -256,11 +279,10 @@ def test_gradients_do_not_depend_on_the_run(model):
     assert all(torch.equal(found[0], other) for other in found)
 
 
-@pytest.mark.parametrize('gelu', [False, True])
 @pytest.mark.parametrize('positions', [37, model_module.MAX_ROWS + 1])
 @pytest.mark.parametrize('onednn', [True, False])
-def test_the_linear_layer_of_generation(positions, onednn, gelu, monkeypatch):
-    """oneDNN's product, taken in inference mode, is MKL's, and its GELU OpenAI's; in other cases it is not taken."""
+def test_the_linear_layer_of_generation(positions, onednn, monkeypatch):
+    """oneDNN's product, taken in inference mode, is MKL's; in other cases it is not taken."""
     calls = []
     product = torch.ops.mkldnn._linear_pointwise
     monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise', lambda *args: calls.append(1) or product(*args))
@@ -268,21 +290,18 @@ def test_the_linear_layer_of_generation(positions, onednn, gelu, monkeypatch):
     draw, linear = torch.Generator().manual_seed(0), model_module.linear
     x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, positions, 96), (160, 96), (160,)))
 
-    def expected(y):
-        y = y.double()
-        return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3))) if gelu else y).float()
-
-    whole, unbiased = expected(x @ weight.t() + bias), expected(x @ weight.t())
-    torch.testing.assert_close(linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
+    unbiased = (x.double() @ weight.t().double()).float()
+    whole = unbiased + bias
+    torch.testing.assert_close(linear(x, weight, bias), whole, atol=1e-5, rtol=1e-5)
     assert not calls
     with torch.inference_mode():
-        torch.testing.assert_close(linear(x, weight, bias, gelu), whole, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(linear(x, weight, gelu=gelu), unbiased, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linear(x, weight, bias), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(linear(x, weight), unbiased, atol=1e-5, rtol=1e-5)
         assert bool(calls) == (onednn and positions <= model_module.MAX_ROWS and torch.backends.mkldnn.is_available())
         calls.clear()
         with torch.autocast('cpu', torch.bfloat16):
-            assert linear(x, weight, bias, gelu).dtype == torch.bfloat16
-        double = linear(x.double(), weight.double(), bias.double(), gelu)
+            assert linear(x, weight, bias).dtype == torch.bfloat16
+        double = linear(x.double(), weight.double(), bias.double())
         assert double.dtype == torch.float64 and not calls
         torch.testing.assert_close(double.float(), whole, atol=1e-5, rtol=1e-5)
 
@@ -291,5 +310,5 @@ def test_the_linear_layer_of_generation(positions, onednn, gelu, monkeypatch):
 def test_a_uniform_number_that_rounds_to_1(top_k):
     """The largest number below 1 is 1 in fp32: the last id with a probability is chosen, not one past the vocabulary."""
     logits = torch.tensor([[0.0, 1.0, 2.0, 1.5, -1.0]]).repeat(3, 1)
-    chosen = model_module.sample_tokens(logits, 1.0, top_k, [1 - 2 ** -53, 1 - 2 ** -30, 0.0])
+    chosen = sample_tokens(logits, 1.0, top_k, [1 - 2 ** -53, 1 - 2 ** -30, 0.0])
     assert all(0 <= i < 5 for i in chosen) and chosen[2] == (2 if top_k else 0)
