@@ -9,8 +9,9 @@ $(VENV)/demo: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/test: $(VENV)/demo requirements-dev.txt requirements-export.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-export.txt
+NEEDED = requirements-dev.txt requirements-export.txt requirements-serve.txt
+$(VENV)/test: $(VENV)/demo $(NEEDED)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(NEEDED:%=-r %)
 	touch $@
 
 # compiles llama.cpp: some minutes
