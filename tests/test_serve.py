@@ -246,7 +246,7 @@ def test_stop_sequences(url):
     (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must be of the user'),
     (CHAT, {'messages': [{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'x'}]}, 400, 'no system message'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'temperature': -1}, 400, 'temperature'),
-    (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 0}, 400, 'max_tokens'),
+    (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 'x'}, 400, 'max_tokens'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'n': 1000}, 400, 'n: '),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'tools': [{'type': 'function'}]}, 400, 'tools is not supported'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'word ' * 1100}]}, 400, 'tokens; it may have'),
@@ -395,9 +395,9 @@ def test_sigterm_lets_answers_end(run_folder):
         whole = chat(url, 'Tell.', max_tokens=400, temperature=5).json()['choices'][0]['message']['content']
         reply = open_stream(url, 'Tell.', temperature=5, max_tokens=400)
         lines = reply.iter_lines(decode_unicode=True)
-        next(lines)
+        first = next(lines)
         process.send_signal(signal.SIGTERM)
-        chunks = [json.loads(line[6:]) for line in lines if line.startswith('data: {')]
+        chunks = [json.loads(line[6:]) for line in [first, *lines] if line.startswith('data: {')]
         assert ''.join(chunk['choices'][0]['delta']['content'] for chunk in chunks) == whole
         assert process.wait(timeout=20) == 0
         with pytest.raises(requests.ConnectionError):
