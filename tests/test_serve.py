@@ -349,6 +349,13 @@ def test_the_key(guarded):
     assert requests.get(guarded).ok and requests.get(guarded + '/health').json() == {'status': 'ok'}
 
 
+def test_another_name_needs_a_key(url, guarded):
+    """A web page whose name is made to point here (DNS rebinding) must not read answers."""
+    for host, status in (('evil.example', 403), ('localhost:1', 200), ('127.0.0.1', 200), ('[::1]:8000', 200)):
+        assert requests.get(url + '/v1/models', headers={'Host': host}).status_code == status
+    assert requests.get(guarded + '/v1/models', headers={'Host': 'mine.example', 'Authorization': 'Bearer sesame'}).ok
+
+
 # --- manners under load
 
 
