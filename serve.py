@@ -173,6 +173,8 @@ class Answer(Row):
         self.new_ids, self.ended = self.answer, self.finish_reason
         if self.ended != 'stop':
             self.text = detokenize(self.new_ids) if self.batch[1] == 'raw' else response_text(self.new_ids)
+            # a header that the model repeats is dropped once it is whole, and the text gets shorter
+            self.tokens = [(min(end, len(self.text)), one) for end, one in self.tokens]
             self.tokens.append((len(self.text), logprobs))
         places = [self.text.index(stop) for stop in self.stop if stop in self.text]
         if places:

@@ -343,6 +343,16 @@ def bench_export(args, data):
     subprocess.run([sys.executable, Path(__file__).with_name('bench_export.py'), args.size], check=True)
 
 
+def bench_serve(args, data):
+    from bench_serve import bench_serve
+    bench_serve(args.served, data[1][1]['rows'], args.turns, args.quick)
+
+
+def bench_filters(args, data):
+    from bench_serve import bench_filters
+    bench_filters()
+
+
 def bench_growth(args, data):
     def rows_of(cases):
         results = [(name, child('step', *more)) for name, *more in cases]
@@ -442,13 +452,15 @@ def run_child(data, what, size, *more):
 
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
-            'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export}
+            'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export,
+            'filters': bench_filters, 'serve': bench_serve}
+NOT_QUICK = 'load', 'lora', 'tricks', 'judge', 'export', 'filters', 'serve'  # unless --only names them
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out load, lora, tricks, judge and export')
-    parser.add_argument('--size', choices=SHAPES, help='default: medium; tiny with --quick')
+    parser.add_argument('--only', help='sections: ' + ', '.join(SECTIONS) + '; --quick leaves out ' + ', '.join(NOT_QUICK))
+    parser.add_argument('--size', choices=SHAPES, help='default: medium, for serve small; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
     parser.add_argument('--turns', type=int, default=3, help='times that peers are measured')
@@ -457,7 +469,8 @@ def main():
     parser.add_argument('--without', choices=('onednn', 'backward'), help='a trick that is left out of what is measured')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in ('load', 'lora', 'tricks', 'judge', 'export'))
+    args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in NOT_QUICK)
+    args.served = args.size or ('tiny' if args.quick else 'small')
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
     child.data = args.data
@@ -472,7 +485,7 @@ def main():
     if Path('/proc/cpuinfo').exists():
         processor = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
     print(f'{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
-          f'{platform.platform()}; sgemm 2048³ {sgemm_peak() / 1e9:.0f} GFLOP/s')
+          f'{platform.platform()}; sgemm 2048³ {sgemm_peak() / 1e9:.0f} GFLOP/s', flush=True)
     for section in args.only.split(','):
         SECTIONS[section](args, data)
 

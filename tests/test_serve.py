@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import ollama
 import openai
@@ -232,6 +233,22 @@ def test_stop_sequences(url):
         assert choice['message']['content'] == whole[:whole.index(stop)] and choice['finish_reason'] == 'stop'
         lines = chat(url, QUESTIONS[3], stream=True, **more).text.split('\n\n')[:-2]
         assert ''.join(json.loads(line[6:])['choices'][0]['delta']['content'] for line in lines) == whole[:whole.index(stop)]
+
+
+def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
+    """The header is dropped, as sample.py does, once it is whole; then each token comes once, with its piece of text."""
+    monkeypatch.setattr(serve, 'chain', [])
+    monkeypatch.setattr(serve, 'models', {'m': SimpleNamespace(config=GPTConfig())}, raising=False)
+    answer = serve.Answer(('m', 'template'), 0, [], 0, SimpleNamespace(set=lambda: None), [1], 20)
+    texts, tokens, new_ids = [], [], get_tokenizer().encode('### Response:\nThe cat 🎉 sat') + [50256]
+    for new_id in new_ids:
+        answer.ids.append(new_id)
+        answer.finish_reason = 'stop' if new_id == 50256 else ''
+        answer.receive(new_id)
+        text, some = answer.take()
+        texts.append(text)
+        tokens += some
+    assert ''.join(texts) == 'The cat 🎉 sat' and tokens == new_ids[:-1] and '\ufffd' not in ''.join(texts)
 
 
 # --- what is refused
