@@ -143,7 +143,9 @@ async def is_refused(text):
 
 # --- the batches: one for each model and kind of prompt, that of the template and raw ones
 
-caches, waiting, changed = {}, [], asyncio.Event()
+models, digests, caches, waiting, changed = {}, {}, {}, [], asyncio.Event()
+# all of torch runs in this thread: with a second pool of OpenMP threads each step would take a third longer
+thread = ThreadPoolExecutor(1)
 
 def n_active():
     return sum(len(cache.rows) for cache in caches.values())
@@ -213,18 +215,17 @@ def logprobs_of(answer, logits):
 
 async def compute():
     """The task that computes: steps of all batches, in a thread, so that requests are read meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        while True:
-            for batch, cache in caches.items():
-                joining = [answer for answer in waiting if answer.batch == batch][:max_active - n_active()]
-                waiting[:] = [answer for answer in waiting if answer not in joining]
-                if joining or cache.rows:
-                    work = thread.submit(step, cache, joining)
-                    for answer, logprobs in await asyncio.wrap_future(work):
-                        answer.receive(logprobs)
-            if not waiting and not n_active():
-                changed.clear()
-                await changed.wait()
+    while True:
+        for batch, cache in caches.items():
+            joining = [answer for answer in waiting if answer.batch == batch][:max_active - n_active()]
+            waiting[:] = [answer for answer in waiting if answer not in joining]
+            if joining or cache.rows:
+                work = thread.submit(step, cache, joining)
+                for answer, logprobs in await asyncio.wrap_future(work):
+                    answer.receive(logprobs)
+        if not waiting and not n_active():
+            changed.clear()
+            await changed.wait()
 
 # --- a request
 
@@ -479,6 +480,27 @@ async def page():
 app.get('/health')(lambda: {'status': 'ok'})
 app.get('/metrics')(lambda: PlainTextResponse(generate_latest()))
 
+# --- start
+
+@torch.inference_mode()
+def load_models():
+    """Fill models, digests and caches: with the run's and what it came from, or the one init_from names."""
+    run = find_run(out_dir, init_from)
+    model = GPT.from_pretrained(run.with_suffix('.pth') if run else init_from, cache_dir, weights)
+    models[run.stem if run else model.config.name] = model
+    if run and before:
+        made = json.loads(run.read_text(encoding='utf-8'))
+        models[run.stem.removesuffix('-sft') + '-before'] = load_before(
+            made['init_from'], made['model'], made['config']['seed'], cache_dir, weights)
+    for name, model in models.items():
+        hashes = [hashlib.sha256(p.numpy()).digest() for p in model.parameters()]
+        digests[name] = hashlib.sha256(b''.join(hashes)).hexdigest()
+        model.to(device).eval()
+        with autocast:
+            # the template's ids, but for the last, which may merge with the instruction
+            prefix = get_tokenizer().encode_ordinary(HEAD)[:-1]
+            caches.update({(name, 'template'): KVCache(model, prefix), (name, 'raw'): KVCache(model, [])})
+
 if __name__ == '__main__':
     if not set(chain) <= {*PATTERNS, 'profanity', 'moderator'} or ('patterns' in chain) != bool(patterns):
         raise UserError(f'filters={filters!r} may name pii, profanity, moderator, and patterns with a file, '
@@ -498,29 +520,17 @@ if __name__ == '__main__':
     try:
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
+        # or a reply of two packets waits 40 ms for the client's acknowledgement; accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (OSError, OverflowError) as error:
         raise UserError(f'cannot listen on {host}, port {port}: {error}; set --host or --port') from error
 
-    # the models: that of the run and what it came from, or the one that init_from names
+    # the models
     device, compute_dtype, _, _ = init_device(device, dtype)
     autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
-    run = find_run(out_dir, init_from)
-    model = GPT.from_pretrained(run.with_suffix('.pth') if run else init_from, cache_dir, weights)
-    models = {run.stem if run else model.config.name: model}
-    if run and before:
-        made = json.loads(run.read_text(encoding='utf-8'))
-        models[run.stem.removesuffix('-sft') + '-before'] = load_before(
-            made['init_from'], made['model'], made['config']['seed'], cache_dir, weights)
-    digests, started = {}, int(time.time())
-    for name, model in models.items():
-        hashes = [hashlib.sha256(p.detach().numpy()).digest() for p in model.parameters()]
-        digests[name] = hashlib.sha256(b''.join(hashes)).hexdigest()
-        model.to(device).eval()
-        with torch.inference_mode(), autocast:
-            # the template's ids, but for the last, which may merge with the instruction
-            prefix = get_tokenizer().encode_ordinary(HEAD)[:-1]
-            caches |= {(name, 'template'): KVCache(model, prefix), (name, 'raw'): KVCache(model, [])}
-        max_active = min(max_active, caches[name, 'raw'].max_rows(model.config.block_size))
+    thread.submit(load_models).result()
+    max_active = min(max_active, *(c.max_rows(c.model.config.block_size) for c in caches.values()))
+    started = int(time.time())
 
     # what the filters need
     if 'moderator' in chain:

@@ -263,25 +263,25 @@ def bench_soak(folder, rows, count):
     draw, counts, faults, memory = random.Random(0), Counter(), [], []
     with ours(folder, '--queue=256') as (process, port, log), ThreadPoolExecutor(64) as pool:
         def play(request):
-            kind, function, must = request
+            kind, function, _ = request
             try:
                 while (given := function(port))[0] == 503:
                     counts[kind, '503, sent again'] += 1
                     time.sleep(0.2)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 given = repr(error), None
-            return kind, given, must
+            return request, given
 
         valid = [valid_body(rows, draw, i) for i in range(count // 20)]
         expected, began = [send(port, path, to_bytes(body, stream=False)) for path, body in valid], time.perf_counter()
         requests = [next_request(valid, expected, draw) for _ in range(count)]
         for part in requests[:count // 4], requests[count // 4:]:
-            for kind, given, must in pool.map(play, part):
+            for (kind, function, must), given in pool.map(play, part):
                 counts[kind, given[0]] += 1
-                faults += [f'{kind}: {given} in place of {must}'] if given != must else []
+                faults += [f'{kind}, {function.keywords["body"][:250]}: {given} in place of {must}'] if given != must else []
             memory.append(resident(process))
         seconds = time.perf_counter() - began
-        _, again, _ = play((valid[0], partial(send, path=valid[0][0], body=to_bytes(valid[0][1], stream=False)), None))
+        _, again = play(('', partial(send, path=valid[0][0], body=to_bytes(valid[0][1], stream=False)), None))
         faults += [f'at the end the first request gives {again}'] if again != expected[0] else []
         time.sleep(1)  # for those that were cut last
         left = re.findall(r'^(?:active|waiting)_rows .*', ask(port, '/metrics')[1], re.M) if process.poll() is None else ['dead']
