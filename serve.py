@@ -105,6 +105,8 @@ chain = [name.strip() for name in filters.split(',') if name.strip()]
 def find_offensive(text):
     """-> (start, end, 'offensive') of the words of which alt-profanity-check's classifier is sure."""
     words = {match.span(): match[0].lower().translate(LEET) for match in WORD.finditer(text)}
+    while len(is_offensive) > 1 << 17:  # the newest go
+        is_offensive.popitem()
     new = sorted(set(words.values()) - set(is_offensive))
     is_offensive.update(zip(new, predict_prob(new) > 0.97) if new else [])  # together: a call takes 2 ms
     return [(*span, 'offensive') for span, word in words.items() if is_offensive[word]]

@@ -39,7 +39,7 @@ PATHS = '/v1/chat/completions', '/v1/completions', '/api/chat', '/api/generate'
 ODD_TEXTS = ['\0', 'a\0b', '\ud800', 'x \udfff\ud800 y', '\U0001f600' * 40, 'e\u0301\u200d\u202e abc', '\u2028\u0085',
              '\uffff', '数えて' * 20, '<|endoftext|>', '### Response:', '[email] a@b.de +49 30 1234567']
 MALFORMED = [b'', b'{', b'nul', b'7', b'[1]', b'{"prompt": "a}', b'\xff\xfe\0', b'[' * 60_000, b'{"a":' * 15_000]
-WRONG = {400: [{'max_tokens': 0}, {'temperature': -1}, {'temperature': float('nan')}, {'n': 99}, {'stop': 7}, {'system': 'x'},
+WRONG = {400: [{'temperature': -1}, {'temperature': float('nan')}, {'n': 99}, {'stop': 7}, {'system': 'x'},
                {'messages': [7]}, {'messages': [{'role': 'system', 'content': 'x'}]}, {'prompt': ' '}, {'options': 'x'},
                {'prompt': 'x ' * 20_000}],
          404: [{'model': 'absent'}, {'model': '\ud800'}], 413: [{'prompt': 'x' * 1_000_000}]}
@@ -225,7 +225,7 @@ def cut(port, path, body, end, wait, abrupt):
     with socket.create_connection(('127.0.0.1', port), timeout=wait) as connection:
         if abrupt:  # a reset in place of a regular end
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-        head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n'
+        head = f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n'
         connection.sendall(head.encode() + body[:end])
         with contextlib.suppress(TimeoutError):
             connection.recv(400)
