@@ -410,7 +410,7 @@ def sample_tokens(logits, rows):
     """logits (n, vocab) -> n ids: a row's likeliest, or where the cumulated probability passes its number."""
     new_ids = logits.max(dim=1).indices
     for i, row in enumerate(rows):
-        if row.temperature > 0:
+        if row.temperature > 1e-6:  # less is greedy: fp32 could not divide by it
             chances, ids = logits[i].topk(min(row.top_k, logits.size(1))) if row.top_k else (logits[i], None)
             cumulated = (chances.float() / row.temperature).softmax(dim=0).cumsum(dim=0)
             chosen = torch.searchsorted(cumulated, row.rng.random() * cumulated[-1:], right=True)

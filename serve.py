@@ -84,7 +84,7 @@ def digits(text):
     return re.sub('[^0-9]', '', text)
 
 PHONE = (r'(?<![\w.(-])(?<![0-9] )(?:'
-         r'\+[0-9]{1,3}(?:[ ./-]?\(?[0-9]{1,6}\)?){2,6}'  # +49 (0)30 1234567
+         r'\+[0-9](?:[ ./-]?\(?[0-9]\)?){6,14}'  # +49 (0)30 1234567
          r'|\(0?[0-9]{2,5}\)[ ./-]?[0-9]{2,8}(?:[ .-][0-9]{2,8}){0,3}'  # (555) 123-4567
          r'|0[0-9]{1,5}(?:[ ./-][0-9]{2,8}){1,4}|0[0-9]{9,11}'  # 020 7946 0123
          r'|(?:1[ .-])?[0-9]{3}[ .-][0-9]{3}[ .-][0-9]{4}|[0-9]{3}-[0-9]{4}'  # 555-123-4567
@@ -168,8 +168,8 @@ class Answer(Row):
         super().__init__(models[batch[0]].config, *arguments)
         self.batch, self.index, self.stop, self.top_logprobs = batch, index, stop, top_logprobs
         self.changed, self.began, self.first_token = changed, time.monotonic(), 0.0
-        self.text, self.sent = '', ''
-        self.tokens, self.new_ids, self.n_sent = [], [], 0  # tokens: (length of the text with it, logprobs)
+        self.text, self.new_ids, self.tokens = '', [], []  # tokens: (length of the text with it, logprobs)
+        self.sent, self.n_sent = '', 0  # the text that was sent, and of how many tokens
         self.ended, self.cancelled = '', False  # ended: why, as finish_reason, or 'content_filter'
 
     def receive(self, logprobs):
@@ -195,10 +195,11 @@ class Answer(Row):
         if not self.ended:
             before_stop = size + 1 - max([len(stop) for stop in self.stop], default=1)
             size = max(0, min(final_size(self.text), before_stop))
-        masked, n_sent = mask(self.text[:size]), len(self.sent)
+        masked, earlier = mask(self.text[:size]), self.sent
         logprobs = [logprobs for end, logprobs in self.tokens if end <= size][self.n_sent:]
         self.sent, self.n_sent = masked, self.n_sent + len(logprobs)
-        return masked[n_sent:], logprobs if self.top_logprobs >= 0 and masked == self.text[:size] else None
+        is_shown = self.top_logprobs >= 0 and masked == self.text[:size]
+        return masked[len(earlier):], logprobs if is_shown else None
 
 @torch.inference_mode()
 def step(cache, joining):
@@ -256,7 +257,7 @@ class Ask(BaseModel):
     top_k: int | None = Field(0, ge=0)
     seed: int | None = None
     stop: str | list[str] | None = None
-    logprobs: bool | int | None = None
+    logprobs: bool | Annotated[int, Field(ge=0)] | None = None
     top_logprobs: int | None = Field(0, ge=0, le=20)
 
 NEUTRAL = {  # of settings that are not built OpenAI's clients may send these values
@@ -305,9 +306,9 @@ async def submit(ask, kind, top_logprobs):
     length = len(text + ask.input)
     if length > 16 * models[name].config.block_size:  # before any work on it
         raise HTTPException(400, f'the prompt has {length:,} characters, too many for this model')
-    if await is_refused(f'{text}\n\n{ask.input}'):
-        raise HTTPException(400, 'the moderator refused this prompt')
     row = {'instruction': mask(text), 'input': mask(ask.input)}
+    if await is_refused('\n\n'.join(row.values())):
+        raise HTTPException(400, 'the moderator refused this prompt')
     ids = get_tokenizer().encode_ordinary(row['instruction']) if kind == 'raw' else encode_prompt(row)
     stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
     limit = max(ask.max_tokens or 0, 0) or max_new_tokens  # Ollama's num_predict may be -1
@@ -341,7 +342,7 @@ async def pieces(request, answers, stream):
             for answer in list(left):
                 if answer.ended:
                     left.remove(answer)
-                    if await is_refused(answer.text):
+                    if await is_refused(mask(answer.text)):
                         answer.text, answer.ended, answer.tokens = '', 'content_filter', []
                 if stream or answer.ended:
                     text, logprobs = answer.take()
@@ -382,7 +383,9 @@ async def generate(request: Request, ask: Annotated[Ask, Depends(read)]):
     if is_ollama and not ask.messages and not ask.prompt:  # so its clients load a model
         return {'model': ask.model, 'created_at': now(), 'response': '', 'done': True, 'done_reason': 'load',
                 'message': {'role': 'assistant', 'content': ''}}
-    top = -1 if is_ollama or ask.logprobs in (None, False) else ask.top_logprobs or 0
+    top = -1
+    if not is_ollama and ask.logprobs not in (None, False):  # of completions it is the number itself
+        top = (ask.top_logprobs or 0) if ask.logprobs is True else min(ask.logprobs, 20)
     answers = await submit(ask, 'template' if is_chat or is_ollama and not ask.raw else 'raw', top)
     to_json = ollama_json if is_ollama else openai_json
     bodies = to_json(ask, answers, is_chat, stream, pieces(request, answers, stream))
@@ -407,13 +410,17 @@ def token_json(id, logprob):
     text = get_tokenizer().decode_single_token_bytes(id)
     return {'token': text.decode(errors='replace'), 'logprob': max(logprob, -9999), 'bytes': list(text)}
 
-def logprobs_json(tokens):
+def logprobs_json(tokens, is_chat):
     """What logprobs_of gave for some tokens; likely ones that a filter masks are left out."""
     content = []
     for chosen, *likeliest in ([token_json(*one) for one in token] for token in tokens):
         likeliest = [one for one in likeliest if mask(one['token']) == one['token']]
         content.append(chosen | {'top_logprobs': likeliest})
-    return {'content': content}
+    if is_chat:
+        return {'content': content}
+    tops = [{one['token']: one['logprob'] for one in chosen['top_logprobs']} for chosen in content]
+    return {'tokens': [one['token'] for one in content], 'top_logprobs': tops,
+            'token_logprobs': [one['logprob'] for one in content]}
 
 async def openai_json(ask, answers, is_chat, stream, pieces):
     """Yields chunks or, if not stream, the whole."""
@@ -425,7 +432,7 @@ async def openai_json(ask, answers, is_chat, stream, pieces):
         message = {'content': text} | ({'role': 'assistant'} if answer.sent == text else {})  # once
         content = {'delta' if stream else 'message': message} if is_chat else {'text': text}
         choices.append({'index': answer.index, **content, 'finish_reason': answer.ended or None,
-                        'logprobs': logprobs_json(logprobs) if logprobs else None})
+                        'logprobs': logprobs_json(logprobs, is_chat) if logprobs else None})
         if stream:
             yield head | {'choices': choices[-1:]}
     read, written = answers[0].prompt_size, sum(len(answer.new_ids) for answer in answers)

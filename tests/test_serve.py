@@ -30,7 +30,7 @@ from prepare import encode_prompt, get_tokenizer
 
 SHAPE = dict(block_size=1024, n_layer=2, n_head=2, n_embd=64)
 SCRIPT = ['\n', '{"', 'score', '":', ' 7', '}', '<|endoftext|>']  # what one of the models always says
-CHAT, ERROR = '/v1/chat/completions', r'HTTP \d+'
+CHAT = '/v1/chat/completions'
 QUESTIONS = [f'Describe {word} in {n} words, please.' for n, word in enumerate('the sea;a café;bread 🍞;rain and wind;it'.split(';'))]
 
 
@@ -185,6 +185,8 @@ def test_the_openai_package(url):
     # a raw prompt is continued as it is
     raw = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=9)
     assert raw.choices[0].text == get_tokenizer().decode(model.generate([get_tokenizer().encode('The sea is')], 9)[0])
+    some = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=4, logprobs=2).choices[0].logprobs
+    assert some.tokens[0] in some.top_logprobs[0] and len(some.top_logprobs[0]) == 2 and max(some.token_logprobs) <= 0
     with pytest.raises(openai.NotFoundError, match='tiny-sft, tiny-before'):
         client.chat.completions.create(model='gpt-5', messages=messages)
     with pytest.raises(openai.BadRequestError, match='top_p is not supported'):
@@ -256,7 +258,7 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
 
 @pytest.mark.parametrize('path, body, status, words', [
     (CHAT, '{', 400, 'no JSON object'),
-    (CHAT, '[' * 100_000, 413, '100,000'),
+    (CHAT, '[' * 100_001, 413, '100,000'),
     (CHAT, '[' * 50_000, 400, 'no JSON object'),
     (CHAT, 'x' * 1_000_000, 413, '1,000,000 bytes; it may have 100,000'),
     (CHAT, {'messages': []}, 400, 'no instruction'),
@@ -276,8 +278,6 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     ('/api/pull', {'model': 'llama3'}, 404, 'Not Found'),
 ])
 def test_refusals_are_clear_and_in_the_dialect(url, path, body, status, words):
-    if isinstance(body, str) and status == 413 and len(body) == 100_000:
-        body += ' '
     reply = requests.post(url + path, data=body if isinstance(body, str) else json.dumps(body))
     error = reply.json()['error']
     assert reply.status_code == status and words in (error if path.startswith('/api/') else error['message'])
@@ -321,10 +321,10 @@ def test_what_the_filters_mask(monkeypatch, text, masked):
 
 
 def test_a_long_hostile_text_is_filtered_in_time():
-    for text in ('a' * 16_000, '1 ' * 8_000, 'a@' * 8_000, '0' * 16_000, 'A1' * 8_000, '+1 (' * 4_000):
+    for text in ('a' * 16_000, '1 ' * 8_000, 'a@' * 8_000, '0' * 16_000, 'A1' * 8_000, '+1 (' * 4_000, ('+' + '1' * 38 + 'x ') * 400):
         began = time.perf_counter()
         serve.mask(text)
-        assert time.perf_counter() - began < 3, text[:9]  # it blocks the server meanwhile
+        assert time.perf_counter() - began < 1, text[:9]  # it blocks the server meanwhile
 
 
 def test_a_prompt_is_masked_before_the_model_sees_it(url):
@@ -446,10 +446,8 @@ def test_the_page_and_its_policy(url):
 
 @pytest.mark.parametrize('flags, words', [
     (['--host=0.0.0.0'], 'SERVE_API_KEY'), (['--filters=swearing'], "filters='swearing'"), (['--filters=patterns'], '--patterns='),
-    (['--filters=patterns', '--patterns=none.txt'], 'none.txt'), (['--max_active=0'], 'max_active'), (['--out_dir=nothing'], 'gpt2-medium'),
+    (['--filters=patterns', '--patterns=none.txt'], 'none.txt'), (['--max_active=0'], 'max_active'), (['--init_from=gpt2-mediumm'], 'gpt2-medium'),
     (['--host=192.0.2.1', '--without_key=True'], '192.0.2.1'), (['--port=PORT'], 'cannot listen')])
-def test_mistakes_at_the_start_are_told_in_one_line(run_folder, url, tmp_path, flags, words):
+def test_mistakes_at_the_start_are_told_in_one_line(run_folder, url, flags, words):
     flags = [flag.replace('PORT', url.rsplit(':')[-1]) for flag in flags]
-    if words == 'gpt2-medium':
-        flags += [f'--cache_dir={tmp_path}', '--init_from=gpt2-mediumm']
     assert words in stage(run_folder, 'serve.py', *flags, code=2).stderr
