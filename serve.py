@@ -230,6 +230,7 @@ async def compute():
                 work = thread.submit(step, cache, joining)
                 for answer, logprobs in await asyncio.wrap_future(work):
                     answer.receive(logprobs)
+                await asyncio.sleep(0)  # requests look at it now: beside a step they would slow it down
         if not waiting and not n_active():
             changed.clear()
             await changed.wait()
