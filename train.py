@@ -5,6 +5,7 @@ Instruction-tune GPT-2: response-only loss, evaluation, checkpoints. One process
     python train.py config/sft_medium.py --init_from=resume
     torchrun --nproc_per_node=2 train.py config/sft_medium.py
 """
+import functools
 import json
 import math
 import signal
@@ -101,7 +102,7 @@ def print0(text):
 
 # data: token files and, per example, its length and its supervised tokens. Both splits must be written from
 # the same rows, or what is measured on val may be in train
-data = {split: read_split(dataset, split) for split in ('train', 'val')}
+data = {split: read_split(dataset, split, n_rows=3) for split in ('train', 'val')}
 meta = data['train'][1]
 lengths, supervised = meta['end'] - meta['start'], meta['end'] - first_targets(meta, loss_on)
 n_examples, examples_per_step = len(lengths), batch_size * gradient_accumulation_steps * world_size
@@ -229,13 +230,17 @@ if saved:
 first_step = progress['step']
 total_steps = max_steps or epochs * math.ceil(n_examples / examples_per_step)
 
-def next_examples():
-    """-> the numbers of the next step's examples. An epoch is one permutation; its last step may be short."""
-    epoch, place = divmod(progress['seen'], n_examples)
-    order = np.arange(n_examples)
+@functools.lru_cache(1)
+def epoch_order(epoch):
+    """-> the numbers of all examples, in the order in which this epoch takes them."""
     if shuffle:
-        order = np.random.default_rng(abs(hash((seed, epoch)))).permutation(n_examples)
-    return order[place:place + examples_per_step]
+        return np.random.default_rng(abs(hash((seed, epoch)))).permutation(n_examples)
+    return np.arange(n_examples)
+
+def next_examples():
+    """-> the numbers of the next step's examples. The last step of an epoch may be short."""
+    epoch, place = divmod(progress['seen'], n_examples)
+    return epoch_order(epoch)[place:place + examples_per_step]
 
 def get_batch(split, numbers):
     """-> ids, targets, positions, segments (B, T) on the device; no numbers: a row without a target."""

@@ -12,9 +12,11 @@ import ast
 import atexit
 import ctypes
 import difflib
+import gzip
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -149,6 +151,56 @@ def write_safetensors(path, tensors):
         file.write(len(text).to_bytes(8, 'little') + text)
         for tensor in tensors.values():
             file.write(tensor.contiguous().numpy())
+
+def read_values(path):
+    """Yields the values of a JSON list, JSONL or Parquet; a ValueError where a line is not JSON."""
+    path = str(path)
+    if path.endswith('.parquet'):
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise UserError(f'{path} needs a package: pip install pyarrow') from error
+        for batch in parquet.ParquetFile(path).iter_batches(8192):
+            yield from batch.to_pylist()
+        return
+    opened = gzip.open if path.endswith('.gz') else open
+    with opened(path, 'rt', encoding='utf-8-sig', newline='\n') as file:  # JSONL's lines may hold U+2028
+        first = ' '
+        while first.isspace():
+            first = file.read(1)
+        if first == '[':
+            yield from read_list(file)
+        elif first == '{':
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                try:
+                    if line.strip():
+                        yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield ValueError(f'line {number} is not JSON ({error.msg})')
+        else:
+            raise ValueError(f'it begins with {first!r}')
+
+def read_list(file):
+    """Yields the values of a JSON list whose [ has been read, a block of text at a time."""
+    decode, comma = json.JSONDecoder().raw_decode, re.compile(r'[\s,]*')
+    text, i, n = '', 0, 0
+    while True:
+        i = comma.match(text, i).end()
+        if text[i:i + 1] == ']':
+            break
+        try:
+            value, i = decode(text, i)
+        except json.JSONDecodeError as error:  # it goes on in the next block, or nowhere
+            block = file.read(1 << 20)
+            if not block:
+                raise ValueError(f'after {n:,} rows: {error}') from error
+            text, i = text[i:] + block, 0
+            continue
+        yield value
+        n += 1
+    if (text[i + 1:] + file.read()).strip():
+        raise ValueError('it goes on behind the end of its list')
 
 def read_jsonl(path):
     """-> the objects of a JSONL file, without lines that an interruption cut; nan and inf become None."""

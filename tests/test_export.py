@@ -18,17 +18,10 @@ import torch
 from conftest import ROOT, ROWS, TINY, stage
 from filelock import FileLock
 
+from export import CHAT_TEMPLATE, fast_tokenizer, gguf_tokenizer
 from lora import add_lora, load_adapter
 from model import GPT, GPTConfig, read_safetensors, transpose_conv1d
-from prepare import (
-    CHAT_TEMPLATE,
-    EOS,
-    encode_prompt,
-    fast_tokenizer,
-    format_prompt,
-    get_tokenizer,
-    gguf_tokenizer,
-)
+from prepare import EOS, encode_prompt, format_prompt, get_tokenizer
 from sample import open_exported
 
 DEMO = json.loads((ROOT / 'data/demo.json').read_text()) + json.loads((ROOT / 'data/demo_heldback.json').read_text())
