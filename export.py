@@ -225,68 +225,71 @@ def compare_lossy(model, exported):
     equal = mean(a == b for both in zip(*answers) for a, b in zip_longest(*both))
     print(f'  {100 * equal:.2f} % of greedy ids equal, over {len(rows)} test rows')
 
-torch.set_grad_enabled(False)
-logging.disable(logging.WARNING)  # of libraries, on what does not concern the user
-logging.captureWarnings(True)
-formats = [name.strip() for name in to.split(',')]
-if not set(formats) <= set(FORMATS) or gguf_type not in GGUF_TYPES or onnx_type not in ONNX_TYPES:
-    raise UserError(f'to may name {", ".join(FORMATS)}; gguf_type F32, F16, Q8_0; onnx_type float32, int8')
-missing = [module for name in formats for module in FORMATS[name][1] if not find_spec(module)]
-if missing:
-    raise UserError(f'to={to!r} needs packages: pip install {" ".join(missing)}')
-if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
-    raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
-# the run, unless a flag names another model
-is_given = any(arg.startswith('--init_from=') for arg in sys.argv)
-run = None if is_given else newest(Path(out_dir).glob('*-sft.json'))
-if not run and not is_given:
-    raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
-base = json.loads(run.read_text(encoding='utf-8'))['init_from'] if run else init_from
-hub_name = f'openai-community/{base}' if base in RELEASED else base
-for name in formats:
-    path, folder, failed = (Path(out_dir, 'export', name + end) for end in ('', '.tmp', '.failed'))
-    # what model.py computes
-    model = load_model(name)
-    shape = model.config
-    prompts = [[i % shape.vocab_size for i in encode_prompt(row)][-shape.block_size // 2:] for row in PROMPTS]
-    answers = model.generate(prompts, 20, eos=-1)
-    logits = [model(torch.tensor([prompt + ids]))[0][0] for prompt, ids in zip(prompts, answers)]
-    # write
-    for old in folder, failed:
-        shutil.rmtree(old, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-        FORMATS[name][0](model, folder)
-    except (OSError, RuntimeError, ValueError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f'cannot write {path}: {error}') from error
-    print(f'{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e9:.2f} GB, {path}', flush=True)
-    del model
-    # let its program read it, and compare: the prompts, and upon their past the greedy ids
-    try:
-        for exported in open_exported(name, folder, shape, base, cache_dir):
-            difference, equal = torch.zeros(()), 0
-            for prompt, ids, expected in zip(prompts, answers, logits):
-                found = exported.logits(prompt, ids)
-                difference = torch.maximum(difference, (found - expected).abs().max())  # nan stays nan
-                equal += found[len(prompt) - 1:-1].argmax(1).tolist() == ids
-            print(f'  {exported.program}: largest difference of logits {difference:.1e}, '
-                  f'greedy ids of {equal} of {len(prompts)} prompts equal')
-            # on a CPU llama.cpp looks GELU up in fp16, which has 11 bits
-            tolerance = 1e-3 * max(its.abs().max() for its in logits) if name == 'gguf' else 1e-4
-            if {'gguf': gguf_type, 'onnx': onnx_type}.get(name) in ('F16', 'Q8_0', 'int8'):
-                compare_lossy(load_model(name), exported)
-            elif equal < len(prompts) or not difference <= tolerance:
-                raise ValueError(f'logits may differ by {tolerance:.1e}, greedy ids not at all')
-    except UserError as error:
-        print(f'  written, not verified: {error}')
-    except Exception as error:
-        folder.rename(failed)
-        reason = str(error).partition('\n')[0]
-        sys.exit(f'export.py: {failed} does not compute what model.py does: {reason}')
-    for old in list(path.glob('*.gguf')):  # those of other types stay
-        if not (folder / old.name).exists():
-            old.rename(folder / old.name)
-    shutil.rmtree(path, ignore_errors=True)
-    folder.rename(path)
-    exported = None  # frees the program's model before the next format
+if __name__ == '__main__':
+    torch.set_grad_enabled(False)
+    logging.disable(logging.WARNING)  # of libraries, on what does not concern the user
+    logging.captureWarnings(True)
+    formats = [name.strip() for name in to.split(',')]
+    if not set(formats) <= set(FORMATS) or gguf_type not in GGUF_TYPES or onnx_type not in ONNX_TYPES:
+        raise UserError(f'to may name {", ".join(FORMATS)}; gguf_type F32, F16, Q8_0; '
+                        'onnx_type float32, int8')
+    missing = [module for name in formats for module in FORMATS[name][1] if not find_spec(module)]
+    if missing:
+        raise UserError(f'to={to!r} needs packages: pip install {" ".join(missing)}')
+    if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
+        raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
+    # the run, unless a flag names another model
+    is_given = any(arg.startswith('--init_from=') for arg in sys.argv)
+    run = None if is_given else newest(Path(out_dir).glob('*-sft.json'))
+    if not run and not is_given:
+        raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
+    base = json.loads(run.read_text(encoding='utf-8'))['init_from'] if run else init_from
+    hub_name = f'openai-community/{base}' if base in RELEASED else base
+    for name in formats:
+        path, folder, failed = (Path(out_dir, 'export', name + end) for end in ('', '.tmp', '.failed'))
+        # what model.py computes
+        model = load_model(name)
+        shape = model.config
+        prompts = [[id % shape.vocab_size for id in encode_prompt(row)] for row in PROMPTS]
+        prompts = [ids[-shape.block_size // 2:] for ids in prompts]
+        answers = model.generate(prompts, 20, eos=-1)
+        logits = [model(torch.tensor([prompt + ids]))[0][0] for prompt, ids in zip(prompts, answers)]
+        # write
+        for old in folder, failed:
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            folder.mkdir(parents=True)
+            FORMATS[name][0](model, folder)
+        except (OSError, RuntimeError, ValueError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(f'cannot write {path}: {error}') from error
+        print(f'{name}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e9:.2f} GB, {path}', flush=True)
+        del model
+        # let its program read it, and compare: the prompts, and upon their past the greedy ids
+        try:
+            for exported in open_exported(name, folder, shape, base, cache_dir):
+                difference, equal = torch.zeros(()), 0
+                for prompt, ids, expected in zip(prompts, answers, logits):
+                    found = exported.logits(prompt, ids)
+                    difference = torch.maximum(difference, (found - expected).abs().max())  # nan stays nan
+                    equal += found[len(prompt) - 1:-1].argmax(1).tolist() == ids
+                print(f'  {exported.program}: largest difference of logits {difference:.1e}, '
+                      f'greedy ids of {equal} of {len(prompts)} prompts equal')
+                # on a CPU llama.cpp looks GELU up in fp16, which has 11 bits
+                tolerance = 1e-3 * max(its.abs().max() for its in logits) if name == 'gguf' else 1e-4
+                if {'gguf': gguf_type, 'onnx': onnx_type}.get(name) in ('F16', 'Q8_0', 'int8'):
+                    compare_lossy(load_model(name), exported)
+                elif equal < len(prompts) or not difference <= tolerance:
+                    raise ValueError(f'logits may differ by {tolerance:.1e}, greedy ids not at all')
+        except UserError as error:
+            print(f'  written, not verified: {error}')
+        except Exception as error:
+            folder.rename(failed)
+            reason = str(error).partition('\n')[0]
+            sys.exit(f'export.py: {failed} does not compute what model.py does: {reason}')
+        for old in list(path.glob('*.gguf')):  # those of other types stay
+            if not (folder / old.name).exists():
+                old.rename(folder / old.name)
+        shutil.rmtree(path, ignore_errors=True)
+        folder.rename(path)
+        exported = None  # frees the program's model before the next format

@@ -66,10 +66,10 @@ def references(row):
     """-> the correct answers, a text per turn, or [] if the row has none."""
     return row.get('reference', []) if 'turns' in row else [row['output']]
 
-def family(row):
-    """-> the name of the rows that this one is averaged with, or ''."""
-    name = row.get('family') or row.get('category')
-    return name if isinstance(name, str) else ''
+def groups_of(row):
+    """-> the names of the rows that this one is averaged with: its family, its source."""
+    names = row.get('family') or row.get('category'), row.get('source')
+    return {name for name in names if isinstance(name, str) and name}
 
 def read_predictions(path):
     """-> the rows of a file of predictions or answers, nan and inf as None. UserError names a faulty row."""
@@ -564,10 +564,10 @@ def summary(rows, judgements):
     if judge_style == 'pairwise':
         verdicts = [verdict for _, result in valid for verdict in result.get('verdicts', [])]
         totals['orders_disagreed'] = sum(verdict not in ('AB', 'BA', 'CC') for verdict in verdicts)
-    names = sorted({family(row) for row, _ in valid})
-    if any(names):
+    names = sorted({name for row, _ in valid for name in groups_of(row)})
+    if names:
         totals['families'] = {name: mean_interval([result['score'] for row, result in valid
-                                                   if family(row) == name]) for name in names}
+                                                   if name in groups_of(row)]) for name in names}
     return totals
 
 def calibration(judgements):
@@ -692,8 +692,8 @@ if __name__ == '__main__':
     if not any('turns' in row for row in rows):
         predicted = {'run': rows, 'baseline': baseline_rows}
         stats = {side: row_statistics(predicted[side]) for side in predicted if predicted[side]}
-        for name in ['all', *sorted({family(row) for row in rows} - {'', 'all'})]:
-            numbers = [number for number, row in enumerate(rows) if name in ('all', family(row))]
+        for name in ['all', *sorted({name for row in rows for name in groups_of(row)} - {'all'})]:
+            numbers = [number for number, row in enumerate(rows) if name in {'all', *groups_of(row)}]
             scores['metrics'][name] = reference_metrics(stats, numbers)
         for side in stats:
             for result, exact, rouge in zip(results, stats[side]['exact match %'], stats[side]['ROUGE-L']):
@@ -730,6 +730,8 @@ if __name__ == '__main__':
         print('', *judge_lines(scores), sep='\n')
 
     # report
+    labels = Path(out_dir, 'pseudo-labels.about.json')  # of sample.py --self_consistency
+    scores['reliability'] = json.loads(labels.read_text())['reliability'] if labels.exists() else []
     scores['rows'] = results
     curves = read_curves(Path(out_dir, 'log.jsonl'))
     print('', *summary_lines(scores, curves), sep='\n')

@@ -48,9 +48,9 @@ class CorruptFile(ModelError):
 
 def linear(x, weight, bias=None):
     """F.linear; for the few rows of generation on a CPU by oneDNN, as torch.compile does: 9 % less time."""
-    few_rows = ONEDNN and torch.is_inference_mode_enabled() and x.numel() <= MAX_ROWS * x.size(-1)
-    if few_rows and x.device.type == 'cpu' and x.dtype == weight.dtype == torch.float32 \
-            and not torch.is_autocast_enabled('cpu'):
+    is_fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+    few_rows = torch.is_inference_mode_enabled() and x.numel() <= MAX_ROWS * x.size(-1)
+    if ONEDNN and is_fp32 and few_rows and x.device.type == 'cpu':
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
     return F.linear(x, weight, bias)
 
@@ -120,8 +120,8 @@ class GPTConfig:
 
 def segment_mask(segments):
     """segments (B, T) -> (B, 1, T, T): a query sees keys up to itself, of its own segment or segment 0."""
-    queries, keys = segments[:, :, None], segments[:, None, :]
-    return ((queries == keys) | (keys == 0)).tril()[:, None]
+    keys = segments[:, None, :]
+    return ((segments[:, :, None] == keys) | (keys == 0)).tril()[:, None]
 
 class GPT(nn.Module):
     """The whole network, in GPT-2's parameter names. The output layer is wte: one tensor, always tied."""
@@ -189,8 +189,7 @@ class GPT(nn.Module):
         """
         where: a name of RELEASED, or the path of OpenAI's, Hugging Face's or our own file or folder. Names
         are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), first from `weights`. mapped:
-        the file stays mapped, for half the memory. -> a GPT in fp32 on the CPU, in training mode.
-        ModelError names the file or the tensor at fault.
+        half the memory. -> a GPT in fp32 on the CPU, in training mode. ModelError names what is at fault.
         """
         if weights not in ('openai', 'huggingface'):
             raise ModelError(f"weights is 'openai' or 'huggingface', not {weights!r}")
@@ -230,18 +229,18 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256, on_done=None,
-                 cache_bytes=4e9):
+                 cache_bytes=4e9, samples=1):
         """
         prompts, lists of ids of any lengths -> lists of new ids in the same order, without the end-of-text
         (eos=-1: nothing ends a row early). A row also ends at max_new_tokens and at block_size; only then has
         it min(max_new_tokens, block_size - len(prompt)) new ids. on_done(i, new ids): called as row i ends.
         temperature=0: greedy, the ids of one prompt at a time without a cache. Else each row draws random
-        numbers set by seed and prompt, whatever the batch. Rows whose KV cache would pass cache_bytes wait.
-        ModelError: a prompt is empty or leaves no room.
+        numbers set by seed and prompt, whatever the batch. samples: so many rows of each prompt, with seeds
+        seed, seed + 1, ... Rows over cache_bytes wait. ModelError: a prompt is empty or leaves no room.
         """
         # what cannot be answered is refused before anything is computed
-        rows = [Row(self.config, prompt, max_new_tokens, temperature, top_k, seed, eos, f'prompt {i}')
-                for i, prompt in enumerate(prompts)]
+        rows = [Row(self.config, prompt, max_new_tokens, temperature, top_k, seed + n, eos, f'prompt {i}')
+                for i, prompt in enumerate(prompts) for n in range(samples)]
         if not rows or max_new_tokens < 1:
             return [[] for _ in rows]
         waiting = sorted(rows, key=lambda row: len(row.ids))
@@ -249,12 +248,11 @@ class GPT(nn.Module):
         self.eval()
         try:
             cache = KVCache(self, os.path.commonprefix([row.ids[:-1] for row in rows]), cache_bytes)
-            max_rows = cache.max_rows(max(row.limit for row in rows))
+            max_rows = max(1, cache.max_rows(max(row.limit for row in rows)) // samples) * samples
             while waiting or cache.rows:
                 # prefill while half of the slots are free, the longest prompts first; else decode
-                joining = []
-                if waiting and len(cache.rows) <= max_rows // 2:
-                    joining = [waiting.pop() for _ in range(min(max_rows - len(cache.rows), len(waiting)))]
+                n_free = max_rows - len(cache.rows) if len(cache.rows) <= max_rows // 2 else 0
+                joining = [waiting.pop() for _ in range(min(n_free // samples * samples, len(waiting)))]
                 for row in cache.step(joining)[0]:
                     if row.finish_reason and on_done:
                         on_done(rows.index(row), row.answer)
@@ -340,13 +338,19 @@ class KVCache:
 
     def prefill(self, rows):
         """Compute the ids of rows into new slots -> logits (rows, vocab) of the id that follows each."""
-        first = len(self.rows)
-        self.rows += rows
+        first, self.rows = len(self.rows), self.rows + rows
         self.resize()
-        # whole rows at once, about a chunk of positions
-        chunk = np.cumsum([len(row.ids) - self.P for row in rows]) // PREFILL_CHUNK
-        chunks = np.split(np.arange(first, len(self.rows)), np.flatnonzero(np.diff(chunk)) + 1)
-        return torch.cat([self.prefill_chunk(slots) for slots in chunks])
+        # the first of equal rows is computed, whole rows at once, about a chunk of positions
+        slot_of = {}
+        source = [slot_of.setdefault(tuple(row.ids), slot) for slot, row in enumerate(rows, first)]
+        chunk = np.cumsum([len(ids) - self.P for ids in slot_of]) // PREFILL_CHUNK
+        chunks = np.split(list(slot_of.values()), np.flatnonzero(np.diff(chunk)) + 1)
+        logits = torch.cat([self.prefill_chunk(slots) for slots in chunks])
+        if len(slot_of) == len(rows):
+            return logits
+        for kv in self.kv_cache:  # the others get copies
+            kv[:, first:len(self.rows)] = kv[:, source]
+        return logits[np.searchsorted(list(slot_of.values()), source)]
 
     def prefill_chunk(self, slots):
         """Compute the rows of these slots, packed back to back into one of N positions, without a pad."""
@@ -372,15 +376,14 @@ class KVCache:
 
     def decode_step(self):
         """The last id of every row -> logits (rows, vocab) of the id that follows it."""
-        n, P = len(self.rows), self.P
-        lengths = [len(row.ids) - P for row in self.rows]
-        if max(lengths) > self.kv_cache[0].size(3):
+        lengths = [len(row.ids) - self.P for row in self.rows]
+        n, P, T = len(self.rows), self.P, max(lengths)
+        if T > self.kv_cache[0].size(3):
             self.resize()
         # each row's last id, at its place behind the prefix, and which places of the cache it must not see
         slots = torch.arange(n, device=self.device)
         places = torch.tensor(lengths, device=self.device) - 1
         idx = torch.tensor([row.ids[-1] for row in self.rows], device=self.device)
-        T = max(lengths)
         unseen = torch.arange(-P, T, device=self.device) > places[:, None, None, None]  # (n, 1, 1, P + T)
 
         def attend(layer, q, k, v):  # (n, H, 1, C/H)
@@ -441,8 +444,7 @@ def read_checkpoint(path):
     elif path.suffix in ('.pt', '.pth'):
         fields, tensors = read_own(path)
     else:
-        raise ModelError(f'{path} is no *.pth, *.pt, *.index or *.safetensors; '
-                         f'a model is {", ".join(RELEASED)}, or the path to one')
+        raise ModelError(f'{path} is no *.pth, *.pt, *.index or *.safetensors')
     return config_fields(path, fields, tensors), tensors.items()
 
 def config_fields(path, fields, tensors=None):
@@ -570,10 +572,8 @@ def read_block(data, handle):
     size, _ = varint(handle, after)
     end = offset + size
     kind, crc = data[end], int.from_bytes(data[end + 1:end + 5], 'little')
-    if masked_crc(data[offset:end + 1]) != crc:
-        raise ValueError(f'the checksum of the block at {offset} differs')
-    if kind:
-        raise ValueError(f'the block at {offset} is compressed (type {kind})')
+    if kind or masked_crc(data[offset:end + 1]) != crc:
+        raise ValueError(f'the block at {offset} is compressed (type {kind}), or its checksum differs')
     # the block is its entries, then restart points and their number, which serve binary search
     block = data[offset:end]
     stop = size - 4 - 4 * int.from_bytes(block[-4:], 'little')

@@ -1,17 +1,23 @@
 """
-Answer the test split with the fine-tuned model and with the one it came from; or one prompt; or talk.
+Answer the test split with the fine-tuned model and with the one it came from; or one prompt; or talk; or
+label rows by the majority of sampled answers (self-consistency, Wang et al. 2022; as labels to train on,
+Huang et al. 2022).
 
     python sample.py config/sft_medium.py
     python sample.py config/sft_medium.py --prompt="Rewrite in passive voice." --input="The cat ate the fish."
     python sample.py config/sft_medium.py --interactive=True
     python sample.py config/sft_medium.py --exported=gguf
+    python sample.py config/sft_medium.py --self_consistency=8 --prompts=unlabelled.json
     torchrun --nproc_per_node=2 sample.py config/sft_medium.py
 """
 import functools
 import hashlib
+import itertools
 import json
+import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +29,7 @@ from tqdm import tqdm
 from config import UserError, configure, init_device, read_jsonl, write_json
 from lora import load_adapter
 from model import GPT, GPTConfig, transpose_conv1d
-from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_split
+from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_rows, read_split
 
 # -----------------------------------------------------------------------------
 # model
@@ -43,6 +49,9 @@ prompt = ''  # one instruction instead
 input = ''  # and its input
 interactive = False  # talk with the terminal instead
 exported = ''  # a format that export.py wrote, like 'gguf': the program that reads it answers instead
+self_consistency = 0  # answers sampled to each row of `prompts`; what most of them say becomes its output
+prompts = ''  # a file of rows, as prepare.py reads them; where they have an output, it checks the label
+min_agreement = 0.5  # rows with a smaller share of answers for their label are left out
 questions = ''  # a JSONL file of questions instead, like data/questions.jsonl; for judge_style=mtbench
 # generation
 max_new_tokens = 256
@@ -56,6 +65,7 @@ dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': the GPU's best on cu
 config = configure(globals())
 
 PREDICTIONS, BEFORE = 'instruction-data-with-response', 'instruction-data-with-response-before'
+LABELS = 'pseudo-labels'
 out = Path(out_dir)
 HEADER_WORDS = '### Response:'  # which some models say again
 if __name__ == '__main__':
@@ -93,7 +103,7 @@ class Exported:
         self.program, self.step, self.config = program, step, config
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, *_, eos=EOS, on_done=lambda i, ids: None):
+    def generate(self, prompts, max_new_tokens, *_, eos=EOS, on_done=lambda i, ids: None, samples=1):
         """GPT.generate: greedy, one prompt at a time."""
         answers = []
         for i, prompt in enumerate(prompts):
@@ -192,16 +202,17 @@ def response_text(ids):
     """New ids -> the answer's text."""
     return detokenize(ids).strip().removeprefix(HEADER_WORDS).strip()
 
-def answer(model, rows, on_done):
-    """Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends."""
+def answer(model, rows, on_done, samples=1):
+    """Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends.
+    With samples there are so many answers to a row, one after the other."""
     prompts = [encode_prompt(row) for row in rows]
 
     def finish(i, ids):
-        limit = min(max_new_tokens, model.config.block_size - len(prompts[i]))
+        limit = min(max_new_tokens, model.config.block_size - len(prompts[i // samples]))
         on_done(i, {'model_response': response_text(ids), 'truncated': len(ids) == limit})
 
     with autocast:
-        model.generate(prompts, max_new_tokens, temperature, top_k, seed, on_done=finish)
+        model.generate(prompts, max_new_tokens, temperature, top_k, seed, on_done=finish, samples=samples)
 
 def print_answer(model, instruction, input):
     row = {'instruction': instruction, 'input': input}
@@ -221,8 +232,10 @@ def reference_losses(model, data, numbers):
             results[number] = {'reference_loss': loss.mean().item(), 'reference_tokens': len(loss)}
     return results
 
+# --- write
+
 def read_parts(paths, key):
-    """-> {row number: result} of the answers that an interrupted run with the same settings has written."""
+    """-> {number: result} of the answers that an interrupted run with the same settings has written."""
     done = {}
     for path in paths:
         for result in read_jsonl(path):
@@ -230,53 +243,119 @@ def read_parts(paths, key):
                 done[result.pop('row')] = result
     return done
 
-# --- write
+def gather(mine):
+    """-> a dict with the items of every process's dict."""
+    everyones = [mine]
+    if world_size > 1:
+        everyones = [None] * world_size
+        dist.all_gather_object(everyones, mine)
+    return {key: value for one in everyones for key, value in one.items()}
 
-def predict(model, name, about):
-    """Answer the test split into out_dir/<name>.json, and its provenance into <name>.about.json."""
-    data = read_split(dataset, 'test')
-    rows = data[1]['rows']
+def answer_all(model, rows, name, about, samples=1):
+    """Answer rows, shared among the processes -> {i: result of the i-th answer}, `samples` of each row, one
+    after the other. Answers that an interrupted run left in out_dir/<name>.part* are not computed again."""
     # each answer is appended to a part file as it comes, under a hash of all that could change it
     settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
-    key = hashlib.sha256(json.dumps([about, vars(model.config), settings, rows]).encode()).hexdigest()
+    text = json.dumps([about, vars(model.config), settings, rows] + [samples] * (samples > 1))
+    key = hashlib.sha256(text.encode()).hexdigest()
     results = read_parts(sorted(out.glob(f'{name}.part*')), key)
     if results and rank == 0:
-        print(f'{len(results)} of {len(rows)} answers are there already')
+        print(f'{len(results)} of {len(rows) * samples} answers are there already')
     if world_size > 1:
         dist.barrier()  # all have read before one writes
-    todo = [i for i in range(len(rows)) if i not in results][rank::world_size]
-    bar = tqdm(total=len(todo), unit='row', disable=None if rank == 0 else True)
+    todo = [i for i in range(len(rows)) if not all(i * samples + n in results for n in range(samples))]
+    todo = todo[rank::world_size]
+    bar = tqdm(total=len(todo) * samples, unit='answer', disable=None if rank == 0 else True)
     with open(out / f'{name}.part{rank}', 'a', encoding='utf-8') as file:
         file.write('\n')  # ends a line at which it was killed
 
         def on_done(i, result):
-            results[todo[i]] = result
-            file.write(json.dumps({'key': key, 'row': todo[i], **result}) + '\n')
+            number = todo[i // samples] * samples + i % samples
+            results[number] = result
+            file.write(json.dumps({'key': key, 'row': number, **result}) + '\n')
             file.flush()
             bar.update()
 
-        answer(model, [rows[i] for i in todo], on_done)
+        answer(model, [rows[i] for i in todo], on_done, samples)
     bar.close()
-    # the results of all processes, put together in the order of the rows
-    losses = reference_losses(model, data, list(range(len(rows)))[rank::world_size])
-    everyones = [(results, losses)]
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, (results, losses))
-    if rank > 0:
-        return
-    merged = [dict(row) for row in rows]
-    for results, losses in everyones:
-        for number in results:
-            merged[number] |= results[number]
-        for number in losses:
-            merged[number] |= losses[number]
-    write_json(out / f'{name}.json', merged)
-    write_json(out / f'{name}.about.json', {'model': about, 'config': config})
+    return gather(results)
+
+def write_answers(name, rows, about, **more):
+    """out_dir/<name>.json, and its provenance in <name>.about.json; the part files are no longer needed."""
+    write_json(out / f'{name}.json', rows)
+    write_json(out / f'{name}.about.json', {'model': about, 'config': config, **more})
     for part in out.glob(f'{name}.part*'):
         part.unlink()
-    stopped = sum(not row['truncated'] for row in merged)
-    print(f'{len(rows)} answers of {about}, {stopped} of them ended by themselves: wrote {out / name}.json')
+
+def predict(model, name, about):
+    """Answer the test split into out_dir/<name>.json."""
+    data = read_split(dataset, 'test')
+    rows = data[1]['rows']
+    results = answer_all(model, rows, name, about)
+    losses = gather(reference_losses(model, data, list(range(len(rows)))[rank::world_size]))
+    if rank == 0:
+        rows = [row | results[i] | losses[i] for i, row in enumerate(rows)]
+        write_answers(name, rows, about)
+        stopped = sum(not row['truncated'] for row in rows)
+        print(f'{len(rows)} answers of {about}, {stopped} of them ended by themselves: '
+              f'wrote {out / name}.json')
+
+# --- labels by self-consistency
+
+def vote(candidates):
+    """
+    Sampled answers -> (label, agreement). Answers that differ in case, white space and a full stop at the end
+    vote together, for what most of them say word for word. agreement: the share of all answers that vote for
+    the label; empty ones and those cut at the limit have no vote. Of a tie the answer sampled first wins.
+    """
+    votes = {}
+    for candidate in candidates:
+        text = candidate['model_response']
+        if text and not candidate['truncated']:
+            votes.setdefault(' '.join(text.lower().split()).rstrip('.'), []).append(text)
+    winners = max(votes.values(), key=len, default=[''])
+    return Counter(winners).most_common(1)[0][0], len(winners) / len(candidates) if votes else 0.0
+
+def reliability(rows):
+    """Rows with agreement and reference -> per range of agreement, what share of the labels is right."""
+    from scipy.stats import binomtest
+    table = []
+    for low, high in itertools.pairwise((0, 0.25, 0.5, 0.75, 1, math.inf)):
+        inside = [row for row in rows if low <= row['agreement'] < high]
+        right = sum(row['output'].strip() == row['reference'].strip() for row in inside)
+        if inside:
+            share = binomtest(right, len(inside)).proportion_ci(method='wilson')
+            table.append({
+                'from': low, 'to': min(high, 1), 'rows': len(inside),
+                'agreement': sum(row['agreement'] for row in inside) / len(inside),
+                'right': {'value': right / len(inside), 'low': float(share.low), 'high': float(share.high)}})
+    return table
+
+def label(model, about):
+    """Give each row of `prompts` what most sampled answers say as its output: out_dir/pseudo-labels.json."""
+    rows = [row | ({'reference': row['output']} if 'output' in row else {})
+            for row in read_rows(prompts, is_answered=False)]
+    results = answer_all(model, rows, LABELS, about, self_consistency)
+    for i, row in enumerate(rows):
+        candidates = [results[i * self_consistency + n] for n in range(self_consistency)]
+        row['output'], row['agreement'] = vote(candidates)
+        row['candidates'] = [one['model_response'] for one in candidates]
+        row['truncated'] = sum(one['truncated'] for one in candidates)
+    labelled = [row for row in rows if row['output'] and row['agreement'] >= min_agreement]
+    if rank > 0:
+        return
+    table = reliability([row for row in rows if 'reference' in row])
+    left_out = len(rows) - len(labelled)
+    write_answers(LABELS, labelled, about, labelled=len(labelled), left_out=left_out, reliability=table)
+    if table:
+        print('\nagreement     rows  right')
+    for line in table:
+        share = '{value:6.1%} [{low:.1%}, {high:.1%}]'.format(**line['right'])
+        print(f'{line["from"]:.2f} to {line["to"]:.2f}{line["rows"]:6}  {share}')
+    print(f'{len(labelled)} of {len(rows)} rows got a label, to the other {left_out} too few answers agree: '
+          f'wrote {out / LABELS}.json')
+
+# --- other forms of asking
 
 def answer_questions(model):
     """The first turn of each question (the template has room for one) into out_dir/question-answers.json."""
@@ -302,8 +381,12 @@ def talk(model):
         print_answer(model, instruction.strip(), input.strip())
 
 if __name__ == '__main__':
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0:
-        raise UserError('max_new_tokens starts at 1, temperature and top_k at 0')
+    if max_new_tokens < 1 or min(temperature, top_k, self_consistency, min_agreement) < 0:
+        raise UserError('max_new_tokens starts at 1, temperature, top_k and self_consistency at 0')
+    if bool(prompts) != bool(self_consistency) or prompts and exported:
+        raise UserError('labels need both, --self_consistency=8 and --prompts=rows.json, and no --exported')
+    if self_consistency and not temperature:
+        temperature = config['temperature'] = 0.7  # greedy answers would all agree
     run = None if adapter else find_run(out_dir, init_from)
     made = json.loads(run.read_text(encoding='utf-8')) if run else {}
     name = PREDICTIONS if run else BEFORE
@@ -335,6 +418,9 @@ if __name__ == '__main__':
         talk(model)
     elif questions:
         answer_questions(model)
+    elif self_consistency:
+        out.mkdir(parents=True, exist_ok=True)
+        label(model, about)
     else:
         out.mkdir(parents=True, exist_ok=True)
         predict(model, name, about)

@@ -312,3 +312,32 @@ def test_a_uniform_number_that_rounds_to_1(top_k):
     logits = torch.tensor([[0.0, 1.0, 2.0, 1.5, -1.0]]).repeat(3, 1)
     chosen = sample_tokens(logits, 1.0, top_k, [1 - 2 ** -53, 1 - 2 ** -30, 0.0])
     assert all(0 <= i < 5 for i in chosen) and chosen[2] == (2 if top_k else 0)
+
+
+@pytest.mark.parametrize('cache_bytes', [1, 4e5, 4e9])
+@pytest.mark.parametrize('chunk', [16, 1024])
+def test_samples_of_a_prompt_prefill_it_once(model, prompts, monkeypatch, cache_bytes, chunk):
+    """The rows are those of as many calls with other seeds; the prompts' positions are computed once."""
+    monkeypatch.setattr(model_module, 'PREFILL_CHUNK', chunk)
+    expected = [model.generate(prompts, NEW, 1.0, seed=3 + n, eos=-1) for n in range(4)]
+    positions, ended = [], {}
+    prefill_chunk = model_module.KVCache.prefill_chunk
+    monkeypatch.setattr(model_module.KVCache, 'prefill_chunk', lambda self, slots: (
+        positions.extend(len(self.rows[slot].ids) - self.P for slot in slots) or prefill_chunk(self, slots)))
+    rows = model.generate(prompts, NEW, 1.0, seed=3, eos=-1, cache_bytes=cache_bytes, samples=4, on_done=lambda i, ids: ended.update({i: ids}))
+    assert rows == [answers[i] for i in range(len(prompts)) for answers in expected] == [ended[i] for i in range(4 * len(prompts))]
+    assert len({tuple(ids) for ids in rows}) > 35
+    assert sorted(positions) == sorted([len(PREFIX)] + [len(prompt) - len(PREFIX) for prompt in prompts])
+
+
+@torch.no_grad()
+def test_equal_rows_that_join_get_the_logits_of_one(model, prompts):
+    rows = rows_of([prompts[0], prompts[1], prompts[1], prompts[2], prompts[1]])
+    cache = model_module.KVCache(model, PREFIX)
+    cache.prefill(rows_of(prompts[4:5]))
+    for row, got in zip(rows, cache.prefill(rows)):
+        torch.testing.assert_close(got, model(torch.tensor([row.ids]))[0][0, -1], atol=1e-4, rtol=0)
+        row.ids.append(7)
+    cache.rows[0].ids.append(7)
+    for row, got in zip(list(cache.rows), cache.decode_step()):
+        torch.testing.assert_close(got, model(torch.tensor([row.ids]))[0][0, -1], atol=1e-4, rtol=0)

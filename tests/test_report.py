@@ -40,6 +40,8 @@ def make_scores(n=90):
         'paired': compare([a - b for a, b in zip(values, befores)]), 'faults': ['HTTP 503: busy'], 'rows': rows,
         'calibration': {'groups': {'ceiling': group, 'floor': group, 'swaying': group, 'empty': group}, 'told_apart': .5,
                         'findings': ['floor and ceiling overlap']},
+        'reliability': [{'from': 0, 'to': 0.25, 'rows': 7, 'agreement': .2, 'right': {'value': 0, 'low': 0, 'high': .3}},
+                        {'from': 1, 'to': 1, 'rows': 1234, 'agreement': 1, 'right': {'value': .9, 'low': .8, 'high': .95}}],
     }
 
 
@@ -107,9 +109,10 @@ def test_what_it_shows(page):
     assert '<title>Report on out</title>' in dom
     for text in ('judged by llama3', '95 % interval', '89 of 90 rows', '1 row failed', 'won', 'sign test', 'Loss', 'Scores',
                  'Each row, before and after', 'Reference metrics', 'Can this judge be believed?', 'By family',
+                 'on which sampled answers agree?', '0 to 25 % (7)', '100 to 100 % (1234): 90.00 (80.00 to 95.00), 1,234 rows',
                  'Floor and ceiling overlap.', '90 of 90 rows', 'at the end, step 40'):
         assert text in shown, text
-    assert dom.count('<svg') == 5 and 'NaN' not in dom.split('<script')[0] and len(numbers(dom)) >= 40
+    assert dom.count('<svg') == 6 and 'NaN' not in dom.split('<script')[0] and len(numbers(dom)) >= 40
     assert '<img' not in dom.split('<script type')[0] and HOSTILE[:20] in shown
 
 
