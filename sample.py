@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UserError, configure, init_device, read_jsonl, write_json
+from config import UserError, configure, init_device, read_jsonl, read_rows, write_json
 from lora import load_adapter
 from model import GPT, GPTConfig, transpose_conv1d
-from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_rows, read_split
+from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_split
 
 # -----------------------------------------------------------------------------
 # model
@@ -333,7 +333,7 @@ def reliability(rows):
 
 def label(model, about):
     """Give each row of `prompts` what most sampled answers say as its output: out_dir/pseudo-labels.json."""
-    rows = [row | ({'reference': row['output']} if 'output' in row else {})
+    rows = [row | ({'reference': row['output']} if row.get('output') else {})
             for row in read_rows(prompts, is_answered=False)]
     results = answer_all(model, rows, LABELS, about, self_consistency)
     for i, row in enumerate(rows):

@@ -1,5 +1,5 @@
 """
-The configurator, errors that end in one line, files that are written whole or not at all, and the device.
+The configurator, errors that end in one line, files that are written whole or not at all, rows, the device.
 
     python train.py config/sft_medium.py --batch_size=4     # files and flags in order, the later one wins
     python train.py --help
@@ -13,6 +13,7 @@ import atexit
 import ctypes
 import difflib
 import gzip
+import itertools
 import json
 import os
 import platform
@@ -211,6 +212,91 @@ def read_jsonl(path):
         except (ValueError, TypeError):
             continue
     return records
+
+# --- rows, whatever their fields are called
+
+CONVENTIONS = [  # what instruction, input and output are called; an input may be missing
+    ('instruction', 'input', 'output'),  # Alpaca
+    ('instruction', 'context', 'response'),  # Dolly
+    ('prompt', 'input', 'completion'),
+    ('question', 'context', 'answer')]
+CHATS = 'messages', 'conversations'  # fields of chats, lists of {role or from, content or value}
+ROLES = {'human': 'user', 'gpt': 'assistant'}  # other names of them
+
+def first_exchange(messages):
+    """Messages -> the first user message that is answered, as a row; its input is a leading system message.
+    Raises ValueError, or what wrong types raise."""
+    keys = ('role', 'content') if 'role' in messages[0] else ('from', 'value')
+    talk = [(ROLES.get(one[keys[0]], one[keys[0]]), one[keys[1]]) for one in messages]
+    has_system = talk[0][0] == 'system'
+    for (role, question), (next_role, answer) in itertools.pairwise(talk):
+        if (role, next_role) == ('user', 'assistant'):
+            return {'instruction': question, 'input': talk[0][1] if has_system else '', 'output': answer,
+                    'messages_left_out': len(talk) - 2 - has_system}
+    raise ValueError('no message of the user is followed by an answer')
+
+def find_convention(row, conventions):
+    """-> the names of a row's fields: one of CHATS; or the first convention of which it has instruction and
+    output, or else one of these; or ()."""
+    chat = [key for key in CHATS if key in row]
+    fitting = [names for enough in (all, any) for names in conventions
+               if enough(name in row for name in names[::2])]
+    return chat or (fitting or [()])[0]
+
+def check_row(value, names, is_answered):
+    """A value of a file whose fields have these names -> (row, what is wrong with it)."""
+    if isinstance(value, ValueError):
+        return None, [str(value)]
+    if not isinstance(value, dict):
+        return None, [f' is {type(value).__name__}, not an object']
+    row = value if names is CONVENTIONS[0] else {key: value[key] for key in value if key not in names}
+    try:
+        if len(names) == 1:
+            row |= first_exchange(value[names[0]])
+        elif row is not value:
+            row |= {key: value[name] for key, name in zip(CONVENTIONS[0], names) if name in value}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return None, [f': its {names[0]} are wrong: {error!r}']
+    needed = CONVENTIONS[0][::2] if is_answered else CONVENTIONS[0][:1]
+    faults = [f': {key} is missing' for key in needed if key not in row]
+    faults += [f': {key} is {row[key]!r}' for key in needed if key in row and not isinstance(row[key], str)]
+    if not faults and not row['instruction'].strip():
+        faults = [': instruction is empty']
+    if not isinstance(row.get('input'), str | None):
+        faults.append(f': input is {row["input"]!r}')
+    return row, faults
+
+def read_rows(path, fields='', is_answered=True):
+    """Yields a file's rows with instruction, input and output, whatever its convention, which its first one
+    tells. is_answered=False: they need no output. UserError names the faulty rows (20, then a count)."""
+    conventions, names, faults, hint, n = CONVENTIONS, (), [], '', 0
+    if fields:
+        given = dict(pair.strip().partition(':')[::2] for pair in fields.split(','))
+        if not {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0]):
+            raise UserError(f'fields={fields!r} must be like instruction:q,output:a or so with input:c')
+        conventions = [tuple(given.get(key, '') for key in CONVENTIONS[0]), *CONVENTIONS]
+    try:
+        for n, value in enumerate(read_values(str(path)), 1):
+            if isinstance(value, dict) and not names:
+                names = find_convention(value, conventions)
+                hint = (f' (the first has the fields {", ".join(map(str, value))}; say which of them are the '
+                        'instruction and the output: --fields=instruction:...,output:...)')
+                if not names:
+                    raise UserError(f'{path} holds no list of rows{hint}')
+            row, row_faults = check_row(value, names, is_answered)
+            faults += [fault if fault.startswith('line') else f'row {n - 1}{fault}' for fault in row_faults]
+            if not row_faults:
+                yield row
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    except ValueError as error:  # pyarrow's errors are such, too
+        raise UserError(f'{path} is not JSON, or not whole: {error}') from error
+    if not n:
+        raise UserError(f'{path} holds no list of rows, but an empty one')
+    if faults:
+        more = f'; and {len(faults) - 20} more' if len(faults) > 20 else ''
+        is_missing = any(fault.endswith('is missing') for fault in faults)
+        raise UserError(f'{path}: {"; ".join(faults[:20])}{more}{hint if is_missing else ""}')
 
 # --- the device, and the processes that share the work
 

@@ -322,13 +322,14 @@ def bench_generate(args, data):
 
 
 def bench_prepare(args, data):
-    ids, meta = data[1]
-    rows = meta['rows'] * (10 if args.quick else 100)
-    seconds = race({'rows': lambda: prepare.encode_rows(rows, 1024)}, 3)['rows']
-    table('prepare', ('what', 'rows/s'), [('prompts and answers to ids', f'{len(rows) / seconds:,.0f}')])
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_prepare.py')] + ['20000'] * args.quick, check=True)
     numbers = torch.randperm(data[0][1]['examples'])[:8].numpy()
     seconds = race({'batch': lambda: make_batch(data[0], numbers)}, 50)['batch']
     print(f'\na batch of 8 rows: {seconds * 1e3:.2f} ms')
+
+
+def bench_labels(args, data):
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_labels.py')], check=True)
 
 
 def bench_load(args, data):
@@ -453,8 +454,8 @@ def run_child(data, what, size, *more):
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
             'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export,
-            'filters': bench_filters, 'serve': bench_serve}
-NOT_QUICK = 'load', 'lora', 'tricks', 'judge', 'export', 'filters', 'serve'  # unless --only names them
+            'filters': bench_filters, 'serve': bench_serve, 'labels': bench_labels}
+NOT_QUICK = 'load', 'lora', 'tricks', 'judge', 'export', 'filters', 'serve', 'labels'  # unless --only names them
 
 
 def main():

@@ -364,6 +364,17 @@ def test_chunks_change_nothing_and_large_splits_read_alike(run, tmp_path, monkey
     assert sorted(file.name for file in (tmp_path / 'data/large').iterdir()) == sorted(f'{s}.{e}' for s in SPLITS for e in ('bin', 'json'))
 
 
+def test_rows_that_lie_in_the_folder_stay(run, tmp_path):
+    (tmp_path / 'data/x/part').mkdir(parents=True)
+    for name in 'train.jsonl', 'test.npy', 'part/rows.json', 'train.json':
+        write_rows(tmp_path / 'data/x' / name, PLAIN)
+    before = {path: path.read_bytes() for path in (tmp_path / 'data/x').rglob('*.*')}
+    assert 'would be overwritten' in run('prepare.py', '--source=data/x/*.json', '--dataset=x', code=2).stderr
+    run('prepare.py', '--source=data/x/train.jsonl,data/x/part/*', '--dataset=x')
+    after = {path: path.read_bytes() for path in (tmp_path / 'data/x').rglob('*.*')}
+    assert len(before) == 4 and {path: after[path] for path in before if path.name != 'train.json'}.items() <= before.items()
+
+
 @pytest.mark.parametrize('moment', range(7))
 def test_a_kill_leaves_the_old_or_the_new_or_nothing(run, tmp_path, monkeypatch, moment):
     from config import UserError
@@ -382,7 +393,7 @@ def test_a_kill_leaves_the_old_or_the_new_or_nothing(run, tmp_path, monkeypatch,
             pass
     assert set(seeds) <= {7} and (len(seeds) == 3) == (moment == 6)
     run('prepare.py', '--source=rows.json', '--dataset=x')  # which works, and removes what was left
-    assert not (tmp_path / 'data/x/part').exists() and len(list((tmp_path / 'data/x').iterdir())) == 6
+    assert not (tmp_path / 'data/x/.part').exists() and len(list((tmp_path / 'data/x').iterdir())) == 6
 
 
 def test_prompts_encoded_in_one_text_have_the_ids_of_each(monkeypatch):
