@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to scores · make test · make interop · make bench · make clean
+# make demo: from a fresh clone to scores · make try: type to its model · make test · make interop · make bench · make clean
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
@@ -24,6 +24,12 @@ demo: $(VENV)/demo
 	$(RUN) train.py config/demo.py
 	$(RUN) sample.py config/demo.py
 	$(RUN) judge.py config/demo.py
+	@echo
+	@echo 'Now type a sentence of your own: make try, then, say'
+	@echo '  Rewrite the sentence in the passive voice. | The girl kicked the ball.'
+
+try: $(VENV)/demo
+	$(RUN) sample.py config/demo.py --interactive=True
 
 test: $(VENV)/test
 	$(RUN) -m ruff check .
@@ -39,4 +45,4 @@ clean:
 	rm -rf out data/*/ .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
-.PHONY: demo test interop bench clean
+.PHONY: demo try test interop bench clean

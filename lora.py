@@ -1,21 +1,26 @@
 """
-LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023): small trained matrices on a frozen GPT.
+Variations of a GPT that the base run never reads: LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023),
+small trained matrices on a frozen model; and a start for a small model from scratch that copies words.
 
     add_lora(model, rank=16, alpha=16.0)                     # freezes the model; only A and B are trained
     add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
     save_adapter(model, 'adapter.safetensors', about)        # A and B alone, a few MB
     load_adapter(model, 'adapter.safetensors')               # onto a freshly loaded base
     merged_state_dict(model)                                 # W + B A, in GPT-2's names
+
+    init_for_copying(model)                                  # instead of GPT-2's initialization
 """
 import json
 import math
 from dataclasses import asdict
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from config import UserError, atomic_write, write_json, write_safetensors
+from prepare import EOS, get_tokenizer
 
 MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
 ALL_MATRICES = ','.join(MATRICES)
@@ -136,3 +141,89 @@ def save_peft(model, folder, base):
         'r': model.lora['rank'], 'lora_alpha': model.lora['alpha'], 'lora_dropout': 0.0, 'bias': 'none',
         'inference_mode': True, 'target_modules': model.lora['targets'].replace(' ', '').split(','),
         'fan_in_fan_out': True})  # transformers holds GPT-2's matrices (in, out)
+
+# --- a start from scratch that copies words
+
+ENDINGS = 'ing', 'ies', 'ied', 'est', 'er', 'es', 'ed', 'ly', 's', 'd', 'y', 'e'
+ALIKE = {'ies': 's', 'es': 's', 'ied': 'ed', 'd': 'ed'}  # endings of the same meaning
+
+def parts_of(token):
+    """A token's text -> (stem, ending, whether a space comes first, whether a capital does)."""
+    word = token.strip(' ')
+    if not (word.isascii() and word.isalpha()):
+        return token, '', False, False
+    stem = word.lower()
+    ending = next((end for end in ENDINGS if stem.endswith(end) and len(stem) - len(end) >= 3), '')
+    stem = stem.removesuffix(ending)
+    if ending in ('ing', 'ed', 'er', 'est') and len(stem) > 3 and stem[-1] == stem[-2] not in 'lsz':
+        stem = stem[:-1]  # stopped: stop
+    return stem, ALIKE.get(ending, ending), token[0] == ' ', word[0].isupper()
+
+@torch.no_grad()
+def init_for_copying(model):
+    """
+    Instead of GPT-2's initialization, for a small model that is to rearrange the words of its prompt; with it
+    copying need not be discovered, which takes most of a short training, and works for words it never met.
+
+    Channels: 2 heads' width for a token, one for its position, one for the token before. Token vectors are
+    sums of random codes, for stem, ending, space, capital and the token itself, so that `kicked` and ` kick`
+    differ by what all such pairs differ by. Induction (Olsson et al. 2022): a head of the first layer reads
+    the token before; two of the second find where that is the present token, and copy what stands there.
+    The other heads, too, pass on what they read (after Trockman and Kolter 2023). Raises UserError.
+    """
+    C, H = model.config.n_embd, model.config.n_head
+    if H != 4 or model.config.n_layer < 2 or model.config.vocab_size <= EOS:
+        raise UserError("init='copying' needs n_head=4, n_layer=2 or more, and GPT-2's vocabulary")
+    d, size = C // H, 0.1 * math.sqrt(2)
+    token, position, before = slice(0, 2 * d), slice(2 * d, 3 * d), slice(3 * d, C)
+
+    # tokens: sums of codes, in the proportions of `shares`, scaled to std `size`
+    shares = torch.tensor([1.0, 0.5, 0.35, 0.35, 0.6])
+    shares = size * shares / shares.norm()
+    texts = [get_tokenizer().decode_single_token_bytes(id).decode(errors='replace') for id in range(EOS)]
+    codes, wte = {}, model.wte.weight.zero_()
+    for id, text in enumerate([*texts, '<end>']):
+        for share, part in zip(shares, [*enumerate(parts_of(text)), ('token', id)]):
+            if part not in codes:
+                codes[part] = torch.randn(2 * d)
+            wte[id, token] += share * codes[part]
+
+    # positions: pairs of a sine and a cosine, most frequencies at random, so that no two places are alike
+    frequency = torch.cat((torch.rand(d // 2 - 4) * math.pi, torch.tensor([0.03, 0.07, 0.15, 0.3])))
+    angle = torch.arange(model.config.block_size)[:, None] * frequency
+    model.wpe.weight.zero_()
+    pairs = torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)
+    model.wpe.weight[:, position] = size * math.sqrt(2) * pairs
+
+    # each head reads one half of a token's channels and writes it there again
+    one, match = torch.eye(d), 1.4 * torch.eye(d)
+    halves = torch.split(torch.arange(2 * d), d)
+    for block in model.h:
+        v, o = block.attn.c_attn.weight[2 * C:], block.attn.c_proj.weight.normal_(std=0.02)
+        for head in range(H):
+            rows = slice(head * d, (head + 1) * d)
+            v[rows, halves[head % 2]] += one
+            o[halves[head % 2], rows] += one
+
+    # first layer, first head: the query is turned by a step, so that it meets the key of the place before
+    qkv, o = model.h[0].attn.c_attn.weight, model.h[0].attn.c_proj.weight
+    turn = torch.block_diag(*(torch.tensor([[f.cos(), -f.sin()], [f.sin(), f.cos()]]) for f in frequency))
+    for rows in qkv[:d], qkv[C:C + d], qkv[2 * C:2 * C + d]:
+        rows.zero_()
+    qkv[:d, position], qkv[C:C + d, position], qkv[2 * C:2 * C + d, halves[0]] = 1.4 * turn, match, one
+    o[:, :d] = 0
+    o[before, :d] = one
+
+    # second layer, first two heads: the present token is looked for among those before
+    qkv = model.h[1].attn.c_attn.weight
+    for head in range(2):
+        rows = slice(head * d, (head + 1) * d)
+        qkv[rows] = qkv[C:][rows] = 0
+        qkv[rows, halves[0]], qkv[C:][rows, before] = match, match
+
+def train_met_tokens(model, ids):
+    """Let training change the vectors of the tokens in ids alone. The others, which are never right, would
+    drift together and become alike, so that a word that training never met could not be copied."""
+    is_met = torch.zeros(model.config.vocab_size, 1, device=model.wte.weight.device)
+    is_met[np.unique(ids).tolist()] = 1
+    model.wte.weight.register_hook(lambda grad: grad * is_met)

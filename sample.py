@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError, configure, init_device, read_jsonl, read_rows, write_json
-from lora import load_adapter
+from lora import init_for_copying, load_adapter
 from model import GPT, GPTConfig, transpose_conv1d
 from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_split
 
@@ -87,11 +87,14 @@ def find_run(out_dir, init_from):
     origin = json.loads(run.read_text(encoding='utf-8'))['init_from']
     return run if init_from in ('gpt2-medium', 'resume', origin) else None
 
-def load_before(init_from, shape, seed, cache_dir, weights):
-    """-> the model that training starts from; if that is 'scratch', made again from its shape and seed."""
+def load_before(init_from, shape, config, cache_dir, weights):
+    """-> the model that training starts from; if that is 'scratch', made again from its shape and config."""
     if init_from == 'scratch':
-        torch.manual_seed(seed)
-        return GPT(GPTConfig(**shape))
+        torch.manual_seed(config['seed'])
+        model = GPT(GPTConfig(**shape))
+        if config.get('init') == 'copying':
+            init_for_copying(model)
+        return model
     return GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
 
 # --- what export.py wrote, in the programs that read it
@@ -403,7 +406,7 @@ if __name__ == '__main__':
         about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'
     else:
         shape = {'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
-        model = load_before(init_from, shape, seed, cache_dir, weights)
+        model = load_before(init_from, shape, config, cache_dir, weights)
         if adapter:
             load_adapter(model, adapter)
         about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
@@ -426,5 +429,5 @@ if __name__ == '__main__':
         predict(model, name, about)
         if run and before and not exported:
             del model
-            model = load_before(made['init_from'], made['model'], made['config']['seed'], cache_dir, weights)
+            model = load_before(made['init_from'], made['model'], made['config'], cache_dir, weights)
             predict(model.to(device).eval(), BEFORE, f'{made["init_from"]} (before fine-tuning)')

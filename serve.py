@@ -506,7 +506,7 @@ def load_models():
     if run and before:
         made = json.loads(run.read_text(encoding='utf-8'))
         models[run.stem.removesuffix('-sft') + '-before'] = load_before(
-            made['init_from'], made['model'], made['config']['seed'], cache_dir, weights)
+            made['init_from'], made['model'], made['config'], cache_dir, weights)
     for name, model in models.items():
         hashes = [hashlib.sha256(p.numpy()).digest() for p in model.parameters()]
         digests[name] = hashlib.sha256(b''.join(hashes)).hexdigest()

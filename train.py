@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm import tqdm
 
 from config import UserError, atomic_write, configure, init_device, read_jsonl, write_json
-from lora import add_lora, merged_state_dict, save_adapter
+from lora import add_lora, init_for_copying, merged_state_dict, save_adapter, train_met_tokens
 from model import GPT, GPTConfig
 from prepare import IGNORE, detokenize, encode_prompt, first_targets, make_batch, read_split
 
@@ -37,6 +37,7 @@ seed = 123
 n_layer = 12  # of a model from scratch
 n_head = 12  # of a model from scratch
 n_embd = 768  # of a model from scratch
+init = 'gpt2'  # of a model from scratch: 'gpt2', or 'copying', which copies words at once (lora.py)
 block_size = 1024  # longest packed row in tokens, and the positions of a model from scratch
 dropout = 0.0
 # batch
@@ -83,9 +84,9 @@ for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interva
             'n_embd'):
     if config[key] < 1:
         raise UserError(f'{key}={config[key]} must be at least 1')
-for key, choices in ('schedule', ('constant', 'cosine', 'linear')), ('decay', ('all', 'matrices')):
-    if config[key] not in choices:
-        raise UserError(f'{key}={config[key]!r} is none of {", ".join(choices)}')
+for key, names in ('schedule', 'constant cosine linear'), ('decay', 'all matrices'), ('init', 'gpt2 copying'):
+    if config[key] not in names.split():
+        raise UserError(f'{key}={config[key]!r} is none of {names.replace(" ", ", ")}')
 
 # the device, and the precision: weights, AdamW and sums stay in fp32; autocast computes products in less. The
 # gradients of float16 underflow, so the loss is scaled up before backward and the gradients down after it
@@ -140,8 +141,9 @@ torch.manual_seed(seed)
 if saved and not lora_rank:
     model = GPT(GPTConfig(**saved['model_config']))  # the checkpoint holds all of its weights
 elif origin == 'scratch':
-    shape = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
-    model = GPT(GPTConfig(block_size, dropout=dropout, **shape))
+    model = GPT(GPTConfig(block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout))
+    if init == 'copying':
+        init_for_copying(model)
 else:
     model = GPT.from_pretrained(origin, cache_dir=cache_dir, weights=weights, dropout=dropout)
 name = f'{model.config.name}-sft'
@@ -159,6 +161,8 @@ if lora_rank:
 elif quantize != 'none':
     raise UserError(f'quantize={quantize!r} freezes the matrices, so it needs LoRA: add --lora_rank=16')
 model.to(device)
+if init == 'copying':
+    train_met_tokens(model, data['train'][0])
 params = [p for p in model.parameters() if p.requires_grad]
 print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
        f'{sum(p.numel() for p in params):,} of them trained')
@@ -233,9 +237,8 @@ total_steps = max_steps or epochs * math.ceil(n_examples / examples_per_step)
 @functools.lru_cache(1)
 def epoch_order(epoch):
     """-> the numbers of all examples, in the order in which this epoch takes them."""
-    if shuffle:
-        return np.random.default_rng(abs(hash((seed, epoch)))).permutation(n_examples)
-    return np.arange(n_examples)
+    rng = np.random.default_rng(abs(hash((seed, epoch))))
+    return rng.permutation(n_examples) if shuffle else np.arange(n_examples)
 
 def next_examples():
     """-> the numbers of the next step's examples. The last step of an epoch may be short."""

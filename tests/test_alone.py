@@ -75,6 +75,6 @@ def test_the_layout():
     names = {path.stem for path in ROOT.glob('*.py')} | {'config'}
     imports = {name: set(re.findall(r'^(?:from|import) (\w+)', (ROOT / f'{name}.py').read_text(), re.M)) & names
                for name in names - {'config'}}
-    assert imports['model'] == set() and imports['prepare'] == {'config'} and imports['lora'] == {'config'}
+    assert imports['model'] == set() and imports['prepare'] == {'config'} and imports['lora'] == {'config', 'prepare'}
     assert imports['judge'] == {'config'} and imports['train'] == imports['sample'] == {'config', 'prepare', 'model', 'lora'}
     assert imports['export'] == {'config', 'prepare', 'model', 'lora', 'sample', 'judge'}

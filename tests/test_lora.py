@@ -1,14 +1,26 @@
 """LoRA and QLoRA: what is trained, that nothing changes at first, that merging changes nothing, what is refused."""
+import copy
 import sys
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from config import UserError
-from lora import LoRA, add_lora, load_adapter, merged_state_dict, save_adapter
+from lora import (
+    LoRA,
+    add_lora,
+    init_for_copying,
+    load_adapter,
+    merged_state_dict,
+    parts_of,
+    save_adapter,
+    train_met_tokens,
+)
 from model import GPT, GPTConfig
+from prepare import get_tokenizer
 
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=300, block_size=64)
 IDS = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -134,3 +146,63 @@ def test_without_the_package_one_line_says_what_to_install(model, monkeypatch):
 def test_mistakes_are_named(model, kwargs):
     with pytest.raises(UserError, match=next(iter(kwargs.values()))):
         add_lora(model, 4, 8.0, **kwargs)
+
+
+# --- a start from scratch that copies words
+
+@pytest.fixture(scope='module')
+def copying():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=128, block_size=128))
+    init_for_copying(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize('token, parts', [
+    (' kicked', ('kick', 'ed', True, False)), ('Kick', ('kick', '', False, True)), (' stopped', ('stop', 'ed', True, False)),
+    (' boxes', ('box', 's', True, False)), (' cities', ('cit', 's', True, False)), (' city', ('cit', 'y', True, False)),
+    (' red', ('red', '', True, False)), (' falling', ('fall', 'ing', True, False)), ('42', ('42', '', False, False)),
+    (' é', (' é', '', False, False)), ('\n\n', ('\n\n', '', False, False)), (' ', (' ', '', False, False)), ('!!', ('!!', '', False, False))])
+def test_parts_of_a_token(token, parts):
+    assert parts_of(token) == parts
+
+
+def test_an_untrained_model_continues_what_it_has_seen(copying):
+    """Random tokens, twice: in the second half the next one is what stood behind the present one before. GPT-2's start knows nothing."""
+    ids = torch.randperm(50256, generator=torch.Generator().manual_seed(1))[:40].repeat(2)
+    logits = copying(ids[None])[0][0]
+    right = logits[40:-1].argmax(dim=1) == ids[41:]
+    assert right.float().mean() > 0.9
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=128, block_size=128)).eval()
+    assert (plain(ids[None])[0][0][40:-1].argmax(dim=1) == ids[41:]).float().mean() < 0.1
+
+
+def test_tokens_of_one_stem_are_near(copying):
+    tokenizer = get_tokenizer()
+    vectors = {word: copying.wte.weight[tokenizer.encode_ordinary(word)[0]].detach() for word in (' kick', ' kicked', ' painted', ' paint', ' tree')}
+    def near(a, b):
+        return torch.cosine_similarity(vectors[a], vectors[b], dim=0).item()
+    assert min(near(' kick', ' kicked'), near(' paint', ' painted')) > 0.5 > 0.4 > near(' kick', ' tree')
+    past = [vectors[' kicked'] - vectors[' kick'], vectors[' painted'] - vectors[' paint']]
+    assert torch.cosine_similarity(*past, dim=0) > 0.2  # what such pairs differ by is partly the same
+
+
+def test_only_tokens_of_the_training_rows_move(copying):
+    model = copy.deepcopy(copying).train()
+    ids = torch.tensor([[5, 7, 9, 7]])
+    train_met_tokens(model, np.array([5, 7, 9], '<u2'))
+    before = model.wte.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, ids)[1].backward()
+        optimizer.step()
+    moved = (model.wte.weight != before).any(dim=1).nonzero().flatten().tolist()
+    assert moved == [5, 7, 9]
+
+
+@pytest.mark.parametrize('shape', [{'n_head': 2}, {'n_layer': 1}, {'vocab_size': 300}])
+def test_shapes_that_cannot_copy(shape):
+    with pytest.raises(UserError, match='copying'):
+        init_for_copying(GPT(GPTConfig(**{'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 64} | shape)))
