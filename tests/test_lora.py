@@ -167,15 +167,40 @@ def test_parts_of_a_token(token, parts):
     assert parts_of(token) == parts
 
 
-def test_an_untrained_model_continues_what_it_has_seen(copying):
-    """Random tokens, twice: in the second half the next one is what stood behind the present one before. GPT-2's start knows nothing."""
+def attention(model, ids):
+    """-> the weights of attention (H, T, T) of each layer."""
+    found = []
+
+    def attend(q, k, v):
+        T = q.size(2)
+        scores = (q @ k.mT / q.size(3) ** 0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
+        found.append(scores.softmax(dim=3)[0])
+        return found[-1] @ v
+    with torch.no_grad():
+        model.hidden_states(ids[None], torch.arange(len(ids))[None], [attend] * len(model.h))
+    return found
+
+
+def test_the_heads_of_induction(copying):
+    """Random tokens, twice: a head of the first layer reads the token before, and the second layer looks more than others at what
+    stood behind the present token."""
     ids = torch.randperm(50256, generator=torch.Generator().manual_seed(1))[:40].repeat(2)
-    logits = copying(ids[None])[0][0]
-    right = logits[40:-1].argmax(dim=1) == ids[41:]
-    assert right.float().mean() > 0.9
+    first, second = attention(copying, ids)
+    assert (first[0, 1:].argmax(dim=1) == torch.arange(79)).all() and first[0, 1:].diagonal().mean() > 0.9
+    behind = second[:2, torch.arange(40, 79), torch.arange(1, 40)].mean()
+    assert behind > 2 * second[2:, torch.arange(40, 79), torch.arange(1, 40)].mean()
     torch.manual_seed(0)
-    plain = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=128, block_size=128)).eval()
-    assert (plain(ids[None])[0][0][40:-1].argmax(dim=1) == ids[41:]).float().mean() < 0.1
+    plain = attention(GPT(copying.config).eval(), ids)[0]
+    assert plain[0, 1:].diagonal().mean() < 0.2
+
+
+def test_the_model_before_training_is_made_again(copying):
+    """sample.py's, from the shape and the config that a run keeps."""
+    from sample import load_before
+    again = load_before('scratch', vars(copying.config), {'seed': 0, 'init': 'copying'}, '', 'openai')
+    assert all(torch.equal(p, q) for p, q in zip(copying.parameters(), again.parameters()))
+    plain = load_before('scratch', vars(copying.config), {'seed': 0}, '', 'openai')  # the config of a run of before
+    assert plain.wte.weight.std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_tokens_of_one_stem_are_near(copying):

@@ -101,7 +101,7 @@ def test_an_epoch_takes_every_row_once(train):
     assert train.shown.stdout.count('reference:') == 6  # three val prompts, answered at each end
 
 
-@pytest.mark.parametrize('extra', [(), ('--lora_rank=4', '--lora_dropout=0.1')])
+@pytest.mark.parametrize('extra', [(), ('--lora_rank=4', '--lora_dropout=0.1'), ('--init=copying', '--n_head=4')])
 def test_resume_is_bit_for_bit(train, tmp_path, extra):
     flags = '--dropout=0.1', '--schedule=linear', '--warmup_steps=2', *extra
     whole = train('--max_steps=12', *flags, out='a')
