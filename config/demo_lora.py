@@ -21,7 +21,7 @@ lora_rank = 16
 lora_alpha = 32.0
 block_size = 128
 
-epochs = 8
+epochs = 24
 batch_size = 16
 learning_rate = 5e-3
 schedule = 'cosine'
