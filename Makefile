@@ -33,7 +33,7 @@ try: $(VENV)/demo
 
 test: $(VENV)/test
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -q -n auto
+	$(RUN) -m pytest -q -n auto --dist worksteal
 
 interop: $(VENV)/interop
 	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py
