@@ -221,9 +221,11 @@ def init_for_copying(model):
         qkv[rows] = qkv[C:][rows] = 0
         qkv[rows, halves[0]], qkv[C:][rows, before] = match, match
 
-def train_met_tokens(model, ids):
+def train_met_tokens(model, ids, shard=False):
     """Let training change the vectors of the tokens in ids alone. The others, which are never right, would
     drift together and become alike, so that a word that training never met could not be copied."""
+    if shard:
+        raise UserError("init='copying' goes with one process or several, not with shard=True")
     is_met = torch.zeros(model.config.vocab_size, 1, device=model.wte.weight.device)
     is_met[np.unique(ids).tolist()] = 1
     model.wte.weight.register_hook(lambda grad: grad * is_met)

@@ -162,7 +162,7 @@ elif quantize != 'none':
     raise UserError(f'quantize={quantize!r} freezes the matrices, so it needs LoRA: add --lora_rank=16')
 model.to(device)
 if init == 'copying':
-    train_met_tokens(model, data['train'][0])
+    train_met_tokens(model, data['train'][0], shard)
 params = [p for p in model.parameters() if p.requires_grad]
 print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
        f'{sum(p.numel() for p in params):,} of them trained')

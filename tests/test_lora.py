@@ -225,6 +225,8 @@ def test_only_tokens_of_the_training_rows_move(copying):
         optimizer.step()
     moved = (model.wte.weight != before).any(dim=1).nonzero().flatten().tolist()
     assert moved == [5, 7, 9]
+    with pytest.raises(UserError, match='shard'):
+        train_met_tokens(model, np.array([5]), shard=True)
 
 
 @pytest.mark.parametrize('shape', [{'n_head': 2}, {'n_layer': 1}, {'vocab_size': 300}])
