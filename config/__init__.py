@@ -32,7 +32,8 @@ def print_in_one_line(kind, error, traceback):
     if exit_code is None:
         return sys.__excepthook__(kind, error, traceback)
     message = 'interrupted' if kind is KeyboardInterrupt else str(error).partition('\n')[0]
-    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.stderr)
+    # not sys.stderr: init_process_group's hook replaces it, and drops what it holds at sys.exit
+    print(f'{Path(sys.argv[0]).name}: {message}', file=sys.__stderr__)
     sys.exit(exit_code)
 
 # --- configuration

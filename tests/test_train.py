@@ -394,3 +394,11 @@ def test_a_terminal_gets_a_bar(train, tmp_path):
             break
     assert process.wait() == 0
     assert b'tokens/s' in shown and b'30/30' in shown and b'step 2/30 |' not in shown and b'val loss' in shown
+
+
+def test_processes_tell_a_mistake_too(run, prepared, tmp_path):
+    """torch's own handling of exceptions in several processes must not swallow the line."""
+    shutil.copytree(prepared / 'data', tmp_path / 'data')
+    shown = run('-m', 'torch.distributed.run', '--nproc_per_node=2', 'train.py', *TINY, '--n_head=4', '--dataset=tiny', '--init=copying',
+                '--shard=True', code=1).stderr
+    assert "train.py: init='copying' goes with one process or several, not with shard=True" in shown
