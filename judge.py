@@ -699,6 +699,9 @@ if __name__ == '__main__':
             for result, exact, rouge in zip(results, stats[side]['exact match %'], stats[side]['ROUGE-L']):
                 result[side] |= {'exact': bool(exact[0]), 'rouge_l': round(float(rouge[0]), 2)}
     print('', *metrics_lines(scores), sep='\n', flush=True)
+    for name in sorted({row['source'] for row in rows if row.get('source') in scores['metrics']}):
+        exact = scores['metrics'][name]['exact match %']['run']
+        print(f'exact match % of {name}: {format_interval(exact)}, {exact["n"]:,} rows', flush=True)
 
     if judge != 'reference':
         # ask

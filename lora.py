@@ -1,6 +1,6 @@
 """
 Variations of a GPT that the base run never reads: LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023),
-small trained matrices on a frozen model; and a start for a small model from scratch that copies words.
+small trained matrices on a frozen model; and a start for a small model that is to copy and rearrange words.
 
     add_lora(model, rank=16, alpha=16.0)                     # freezes the model; only A and B are trained
     add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
@@ -142,7 +142,7 @@ def save_peft(model, folder, base):
         'inference_mode': True, 'target_modules': model.lora['targets'].replace(' ', '').split(','),
         'fan_in_fan_out': True})  # transformers holds GPT-2's matrices (in, out)
 
-# --- a start from scratch that copies words
+# --- a start from scratch for copying words
 
 ENDINGS = 'ing', 'ies', 'ied', 'est', 'er', 'es', 'ed', 'ly', 's', 'd', 'y', 'e'
 ALIKE = {'ies': 's', 'es': 's', 'ied': 'ed', 'd': 'ed'}  # endings of the same meaning

@@ -195,6 +195,8 @@ def encode_sources(sources, part):
                 rows_file.write(lines)
                 figures.append(its_figures)
                 bar.update(len(its_figures))
+                if bar.disable and len(figures) % 200 == 0:
+                    print(f'{len(figures) * CHUNK:,} rows read', flush=True)
                 if prompts:
                     shared = os.path.commonprefix(prompts + ([shared] if shared else []))
                     shared = shared[:min(map(len, prompts)) - 1]

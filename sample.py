@@ -259,7 +259,7 @@ def answer_all(model, rows, name, about, samples=1):
     after the other. Answers that an interrupted run left in out_dir/<name>.part* are not computed again."""
     # each answer is appended to a part file as it comes, under a hash of all that could change it
     settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
-    text = json.dumps([about, vars(model.config), settings, rows] + [samples] * (samples > 1))
+    text = json.dumps([about, vars(model.config), settings, rows, samples])
     key = hashlib.sha256(text.encode()).hexdigest()
     results = read_parts(sorted(out.glob(f'{name}.part*')), key)
     if results and rank == 0:
@@ -321,7 +321,11 @@ def vote(candidates):
 
 def reliability(rows):
     """Rows with agreement and reference -> per range of agreement, what share of the labels is right."""
-    from scipy.stats import binomtest
+    try:
+        from scipy.stats import binomtest
+    except ImportError:
+        print('labels are not compared with the outputs: pip install scipy')
+        return []
     table = []
     for low, high in itertools.pairwise((0, 0.25, 0.5, 0.75, 1, math.inf)):
         inside = [row for row in rows if low <= row['agreement'] < high]
@@ -347,7 +351,8 @@ def label(model, about):
     labelled = [row for row in rows if row['output'] and row['agreement'] >= min_agreement]
     if rank > 0:
         return
-    table = reliability([row for row in rows if 'reference' in row])
+    checked = [row for row in rows if 'reference' in row]
+    table = reliability(checked) if checked else []
     left_out = len(rows) - len(labelled)
     write_answers(LABELS, labelled, about, labelled=len(labelled), left_out=left_out, reliability=table)
     if table:

@@ -37,7 +37,7 @@ seed = 123
 n_layer = 12  # of a model from scratch
 n_head = 12  # of a model from scratch
 n_embd = 768  # of a model from scratch
-init = 'gpt2'  # of a model from scratch: 'gpt2', or 'copying', which copies words at once (lora.py)
+init = 'gpt2'  # of a model from scratch: 'gpt2', or 'copying', to rearrange the prompt's words (lora.py)
 block_size = 1024  # longest packed row in tokens, and the positions of a model from scratch
 dropout = 0.0
 # batch
@@ -161,7 +161,7 @@ if lora_rank:
 elif quantize != 'none':
     raise UserError(f'quantize={quantize!r} freezes the matrices, so it needs LoRA: add --lora_rank=16')
 model.to(device)
-if init == 'copying':
+if init == 'copying' and origin == 'scratch':
     train_met_tokens(model, data['train'][0], shard)
 params = [p for p in model.parameters() if p.requires_grad]
 print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '

@@ -8,7 +8,8 @@ GPT-2 Medium on three sets of rows, 68,000 in all, in two conventions; the repor
 """
 dataset = 'mixture'
 source = (  # instruction, input, output; the same; instruction, context, response in JSONL
-    'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch07/01_main-chapter-code/instruction-data.json,'
+    'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/'
+    'ch07/01_main-chapter-code/instruction-data.json,'
     'https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json,'
     'https://huggingface.co/datasets/databricks/databricks-dolly-15k/resolve/main/databricks-dolly-15k.jsonl'
 )

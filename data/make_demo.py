@@ -11,7 +11,6 @@ import json
 import math
 import random
 import re
-from collections import Counter
 from pathlib import Path
 
 SEED = 123
@@ -82,11 +81,11 @@ def listed(words):
     return ', '.join(map(str, words))
 
 
-def phrase(rng, words, noun, numbers='one'):
+def phrase(rng, words, noun):
     """A noun's entry -> (phrase, the same, number), like 'the old bridge'."""
     noun, many = noun
     look = common(rng, words['adjectives'])[0] + ' ' if rng.random() < 0.25 else ''
-    if numbers == 'any' and rng.random() < 0.15:
+    if rng.random() < 0.15:
         text = rng.choice(['the', 'the', 'some', 'two', 'three', *OWNERS]) + f' {look}{many}'
         return text, text, 'many'
     which = rng.random()
@@ -102,7 +101,7 @@ def agent(rng, words):
         return name, name, 'one'
     if which < 0.35:
         return rng.choice(PRONOUNS)
-    return phrase(rng, words, common(rng, words['people' if which < 0.85 else 'animals']), 'any')
+    return phrase(rng, words, common(rng, words['people' if which < 0.85 else 'animals']))
 
 
 def patient(rng, words):
@@ -111,7 +110,7 @@ def patient(rng, words):
     if kind == 'foods':
         text = 'the ' + common(rng, words['foods'])[0]
         return text, text, 'one'
-    return phrase(rng, words, common(rng, words[kind]), 'any')
+    return phrase(rng, words, common(rng, words[kind]))
 
 
 def tail(rng, words, share=0.25):
@@ -360,33 +359,30 @@ def make_rows(tasks, number, words, rng, asked):
     rows = []
     for family, weight, draw, wordings, _ in tasks:
         share = math.ceil(number * weight / sum(task[1] for task in tasks))  # a few more than number in all
-        tries = Counter(tried=40 * share)
-        while share and tries['tried']:
+        enough = len(rows) + share
+        for _ in range(40 * share):  # of some tasks there are only so many rows
+            if len(rows) == enough:
+                break
             wording, (question, answer) = rng.choice(wordings), draw(rng, words)
             row = {'instruction': wording.format(question), 'input': '' if '{}' in wording else question, 'output': answer, 'family': family}
-            tries['tried'] -= 1
             if (key := tuple(normal(row))) not in asked:
                 asked.add(key)
                 rows.append(row)
-                share -= 1
     rng.shuffle(rows)
     return rows
 
 
-def has_unseen_word(row):
-    listed_words = {word.lower() for entries in LISTED.values() for entry in entries for word in entry}
-    return any(word not in listed_words | FIXED for word in normal(row) if {word} & ALL_WORDS)
-
-
-ALL_WORDS = {word.lower() for entries in WORDS.values() for entry in entries for word in entry}
+def words_in(sections):
+    return {word.lower() for entries in sections.values() for entry in entries for word in entry}
 
 
 def make_all():
     """-> ({file: rows}). The rows of demo.json are in the order train, test, val; the shares of config/demo.py cut them there."""
     rng, asked = random.Random(SEED), set()
     test = [row | {'source': 'listed words'} for row in make_rows(TASKS, TEST, LISTED, rng, asked)]
-    copying = [task for task in TASKS if task[4]]
-    unseen = [row | {'source': 'unseen words'} for row in make_rows(copying, 2 * UNSEEN, UNSEEN_WORDS, rng, asked) if has_unseen_word(row)]
+    held_out = words_in(WORDS) - words_in(LISTED) - FIXED
+    unseen = make_rows([task for task in TASKS if task[4]], 2 * UNSEEN, UNSEEN_WORDS, rng, asked)
+    unseen = [row | {'source': 'unseen words'} for row in unseen if held_out & set(normal(row))]
     val, train = make_rows(TASKS, VAL, LISTED, rng, asked), make_rows(TASKS, TRAIN, LISTED, rng, asked)
     test = test[:TEST] + unseen[:UNSEEN]
     rng.shuffle(test)

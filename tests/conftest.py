@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,15 @@ def forker():
     return subprocess.Popen([sys.executable, '-c', FORKER], cwd=folder, text=True, **pipes), folder
 
 
-def fork(folder, command):
+def fork(folder, command, timeout):
     process, output = forker()
+    timer = threading.Timer(timeout, process.kill)
+    timer.start()
     for name in 'stdout', 'stderr':
         (output / name).write_text('')
     print(json.dumps([str(folder), *map(str, command)]), file=process.stdin, flush=True)
-    code = int(process.stdout.readline())
+    code = int(process.stdout.readline())  # of nothing, where it took too long
+    timer.cancel()
     return subprocess.CompletedProcess(command, code, (output / 'stdout').read_text(), (output / 'stderr').read_text())
 
 
@@ -78,7 +82,7 @@ def stage(folder, *command, code=0, env=None, timeout=120):
     is_forked = sys.platform == 'linux' and str(command[0]) in FORKED and not env
     command = [ROOT / arg if arg.endswith('.py') and (ROOT / arg).is_file() else arg for arg in map(str, command)]
     if is_forked:
-        process = fork(folder, command)
+        process = fork(folder, command, timeout)
     else:
         process = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=timeout,
                                  stdin=subprocess.DEVNULL, env=os.environ | (env or {}))

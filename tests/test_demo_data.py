@@ -80,10 +80,8 @@ def test_unseen_words_stand_in_no_training_row(splits):
         new = set(words(row)) - met
         assert new, row
         assert set(words(row, ['output'])) - set(words(row)) <= met, row
-    # and it is not names or numbers that are new
+    # and they are many
     assert len({word for row in unseen for word in set(words(row)) - met}) > 100
-    share = sum(bool(set(words(row, ['output'])) - set(words(row)) - met) for row in unseen)
-    assert share == 0
 
 
 def test_the_held_back_family_is_new(rows):
@@ -129,8 +127,9 @@ def test_numbers_lists_and_units_are_right(rows):
             factor = {'weeks': 7, 'hours': 60, 'meters': 100, 'kilograms': 1000}[re.search(r'\d+ (\w+)', text)[1]]
             assert told == [asked[0] * factor], row
         elif row['family'] == 'repeated words':
-            assert [word for i, word in enumerate(words(row, ['output']))] and len(answer.split()) == len(
-                (row['input'] or row['instruction'].partition(': ')[2]).split()) - 1, row
+            asked = (row['input'] or row['instruction'].partition(': ')[2]).rstrip('.').split()
+            told = answer.rstrip('.').split()
+            assert any(asked[i] == asked[i + 1] and asked[:i] + asked[i + 1:] == told for i in range(len(asked) - 1)), row
         elif row['family'] == 'repeating':
             assert answer == (row['input'] or row['instruction'].partition(': ')[2]), row
     assert min(checked[name] for name in ('sorting', 'comparison', 'counting', 'reversing', 'picking', 'units', 'repeated words')) > 50

@@ -529,3 +529,17 @@ def test_a_real_server(run, tmp_path):
     scores = json.loads((tmp_path / 'out/scores.json').read_text())
     assert scores['summary']['run']['scored'] == 19 and scores['summary']['run']['empty'] == 1
     print(done.stdout)
+
+
+def test_metrics_by_source(judge, tmp_path):
+    rows = [row | {'source': 'a.json' if n < 4 else 'more/b.jsonl'} for n, row in enumerate(make_rows())]
+    write(tmp_path / 'out', rows)
+    done, scores = judge('--judge=reference')
+    for name, its_rows in ('a.json', rows[:4]), ('more/b.jsonl', rows[4:]):
+        exact = scores['metrics'][name]['exact match %']['run']
+        right = sum(row['model_response'].strip() == row['output'] for row in its_rows)
+        assert (exact['n'], exact['value']) == (len(its_rows), pytest.approx(100 * right / len(its_rows)))
+        assert f'exact match % of {name}: {exact["value"]:.2f} [' in done.stdout
+    assert {'odd', 'even', 'all'} < set(scores['metrics'])
+    _, scores = judge()
+    assert {'odd', 'even', 'a.json', 'more/b.jsonl'} == set(scores['summary']['run']['families'])

@@ -253,3 +253,11 @@ def test_mistakes_about_labels(sample, tmp_path, flags, said):
     (tmp_path / 'ask.json').write_text('[{"instruction": "x", "output": "y"}, {"instruction": 5, "output": "y"}]')
     sample(*flags, code=2)
     assert said in sample.shown.stderr and not list((tmp_path / 'a').glob('pseudo*'))
+
+
+def test_without_scipy_labels_are_not_compared(monkeypatch, capsys):
+    from sample import reliability
+    rows = [{'output': 'a', 'reference': 'a', 'agreement': 0.5}, {'output': 'b', 'reference': 'a', 'agreement': 1.0}]
+    assert [(line['rows'], line['right']['value']) for line in reliability(rows)] == [(1, 1.0), (1, 0.0)]
+    monkeypatch.setitem(sys.modules, 'scipy.stats', None)
+    assert reliability(rows) == [] and 'pip install scipy' in capsys.readouterr().out
