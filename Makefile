@@ -19,7 +19,11 @@ $(VENV)/interop: $(VENV)/test requirements-interop.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	touch $@
 
-demo: $(VENV)/demo
+# the rows of the demo
+data/demo.json: data/make_demo.py data/words.txt | $(VENV)/demo
+	$(RUN) data/make_demo.py
+
+demo: $(VENV)/demo data/demo.json
 	$(RUN) prepare.py config/demo.py
 	$(RUN) train.py config/demo.py
 	$(RUN) sample.py config/demo.py
@@ -31,18 +35,18 @@ demo: $(VENV)/demo
 try: $(VENV)/demo
 	$(RUN) sample.py config/demo.py --interactive=True
 
-test: $(VENV)/test
+test: $(VENV)/test data/demo.json
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -n auto --dist worksteal
 
-interop: $(VENV)/interop
+interop: $(VENV)/interop data/demo.json
 	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py
 
-bench: $(VENV)/test
+bench: $(VENV)/test data/demo.json
 	$(RUN) tests/bench.py
 
 clean:
-	rm -rf out data/*/ .pytest_cache .ruff_cache
+	rm -rf out data/*/ data/demo*.json .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
 .PHONY: demo try test interop bench clean

@@ -11,10 +11,11 @@ import json
 import math
 import random
 import re
+from itertools import accumulate
 from pathlib import Path
 
 SEED = 123
-TRAIN, TEST, UNSEEN, VAL = 10_500, 600, 300, 300  # rows; the test split holds TEST and UNSEEN
+TRAIN, TEST, UNSEEN, VAL = 46_000, 600, 300, 300  # rows; the test split holds TEST and UNSEEN
 
 # --- words
 
@@ -52,13 +53,16 @@ def hold_out(sections, share=0.08):
 
 
 LISTED, UNSEEN_WORDS = hold_out(WORDS)
+SPELLED = {entry[0] for entry in WORDS['names behind a space']}
 PRONOUNS = [('I', 'me', 'I'), ('he', 'him', 'one'), ('she', 'her', 'one'), ('they', 'them', 'many'), ('we', 'us', 'many')]
 OWNERS = 'my your his her our their'.split()
 TIMES = ('yesterday|last night|this morning|last week|on Monday|on Friday|in the morning|after school|before dinner|at night|in the summer|'
          'every day|two days ago|at noon').split('|')
 WHERE = 'in the garden|in the kitchen|at home|at school|in the park|near the river|in the street|on the table|behind the house|outside'.split('|')
 NUMBERS = 'zero one two three four five six seven'.split()
-UNITS = {('weeks', 'days'): 7, ('hours', 'minutes'): 60, ('meters', 'centimeters'): 100, ('kilograms', 'grams'): 1000}
+UNITS = {'kilograms': 'grams', 'kilometers': 'meters', 'liters': 'milliliters', 'meters': 'millimeters'}  # of a thousandth
+
+COMMON = list(accumulate(1 / (rank + 15) for rank in range(1000)))  # how often the first words of a list are drawn
 
 # --- parts of sentences
 
@@ -70,7 +74,7 @@ def start(text):
 def common(rng, entries, number=None):
     """-> an entry; those at the head of the list more often, as in life. number: only the first so many."""
     entries = entries[:number]
-    return rng.choices(entries, [1 / (rank + 15) for rank in range(len(entries))])[0]
+    return rng.choices(entries, cum_weights=COMMON[:len(entries)])[0]
 
 
 def article(word):
@@ -97,7 +101,7 @@ def agent(rng, words):
     """-> (who does it, the same behind a verb, number)."""
     which = rng.random()
     if which < 0.2:
-        name = common(rng, words['names'])[0]
+        name = common(rng, words[rng.choice(['names', 'names behind a space'])])[0]
         return name, name, 'one'
     if which < 0.35:
         return rng.choice(PRONOUNS)
@@ -162,7 +166,8 @@ def of_pair(section, answer, both_ways=False):
 
 
 def opposite_sentence(rng, words):
-    pairs = [pair for pair in words['opposites'][:120] if [pair[0]] in words['adjectives'] or [pair[1]] in words['adjectives']]
+    looks = {entry[0] for entry in words['adjectives']}
+    pairs = [pair for pair in words['opposites'][:70] if looks & set(pair)]
     parts, (a, b) = state(rng, words), rng.sample(rng.choice(pairs), 2)
     return start(f'{parts["who"]} {parts["be"]} {a}.'), start(f'{parts["who"]} {parts["be"]} {b}.')
 
@@ -183,7 +188,7 @@ KINDS = {'animals': 'an animal', 'foods': 'a food', 'people': 'a person', 'place
 def category(rng, words):
     kind = rng.choice(list(KINDS))
     word = common(rng, words[kind], 25)[0]
-    return word, start(f'{word} is {KINDS[kind]}.')
+    return word, f'The word {word} is the name of {KINDS[kind]}.'
 
 
 def some_words(rng, words, least, most):
@@ -197,7 +202,7 @@ def some_words(rng, words, least, most):
 
 
 def reverse(rng, words):
-    some = some_words(rng, words, 2, 4)
+    some = some_words(rng, words, 2, 3)
     return listed(some), 'Reversed: ' + listed(some[::-1])
 
 
@@ -206,16 +211,19 @@ def counting(rng, words):
     return listed(some), f'There are {NUMBERS[len(some)]} words in the list.'
 
 
-def pick(place, name):
-    def draw(rng, words):
-        some = some_words(rng, words, 2, 5)
-        return listed(some), f'The {name} word is {some[place]}.'
-    return draw
+def pick_first(rng, words):
+    some = some_words(rng, words, 2, 5)
+    return listed(some), f'The first word is {some[0]}.'
+
+
+def pick_last(rng, words):
+    some = some_words(rng, words, 2, 5)
+    return listed(some), f'The last word is {some[-1]}.'
 
 
 def sort(reverse):
     def draw(rng, words):
-        some = rng.sample(range(1, 13), 3)
+        some = rng.sample(range(1, 10), 3)
         return listed(some), 'Sorted: ' + listed(sorted(some, reverse=reverse))
     return draw
 
@@ -228,9 +236,8 @@ def compare(choose, word):
 
 
 def units(rng, words):
-    (big, small), factor = rng.choice(list(UNITS.items()))
-    n = rng.randint(2, 9)
-    return f'{n} {big} to {small}', f'That is {n * factor} {small}.'
+    (big, small), n = rng.choice(list(UNITS.items())), rng.randint(2, 99)
+    return f'{n} {big} to {small}', f'That is {1000 * n:,} {small}.'
 
 
 def any_sentence(rng, words):
@@ -282,54 +289,60 @@ ASK = ['Rewrite the sentence as a question.', 'Turn the statement into a questio
 NEGATE = ['Make the sentence negative.', 'Rewrite the sentence in the negative form.', 'Negate the following sentence.',
           'Turn this sentence into its negative: {}']
 TASKS = [  # family, weight, what draws them, wordings, whether the answer is made of the prompt's words
-    ('passive voice', 160, of(deed, ('{who} {past} {what}{tail}.', '{what} {was} {participle} by {whom}{tail}.')), into('passive voice'), True),
-    ('negation', 100, of(deed, ('{who} {past} {what}{tail}.', '{who} did not {base} {what}{tail}.'),
+    ('passive voice', 150, of(deed, ('{who} {past} {what}{tail}.', '{what} {was} {participle} by {whom}{tail}.')), into('passive voice'), True),
+    ('negation', 90, of(deed, ('{who} {past} {what}{tail}.', '{who} did not {base} {what}{tail}.'),
                          ('{who} {now} {what}{tail}.', '{who} {does} not {base} {what}{tail}.')), NEGATE, False),
-    ('negation', 60, of(state, ('{who} {be} {look}{tail}.', '{who} {be} not {look}{tail}.')), NEGATE, True),
+    ('negation', 50, of(state, ('{who} {be} {look}{tail}.', '{who} {be} not {look}{tail}.')), NEGATE, True),
     ('negation', 30, of(deed, ('{who} will {base} {what}{tail}.', '{who} will not {base} {what}{tail}.'),
                         ('{who} can {base} {what}{tail}.', '{who} cannot {base} {what}{tail}.')), NEGATE, True),
-    ('question', 110, of(deed, ('{who} {past} {what}{tail}.', 'did {who} {base} {what}{tail}?'),
+    ('question', 100, of(deed, ('{who} {past} {what}{tail}.', 'did {who} {base} {what}{tail}?'),
                          ('{who} {now} {what}{tail}.', '{does} {who} {base} {what}{tail}?')), ASK, False),
-    ('question', 60, of(state, ('{who} {be} {look}{tail}.', '{be} {who} {look}{tail}?')), ASK, True),
+    ('question', 50, of(state, ('{who} {be} {look}{tail}.', '{be} {who} {look}{tail}?')), ASK, True),
     ('question', 30, of(deed, ('{who} will {base} {what}{tail}.', 'will {who} {base} {what}{tail}?'),
                         ('{who} can {base} {what}{tail}.', 'can {who} {base} {what}{tail}?')), ASK, True),
-    ('past tense', 70, of(deed, ('{who} {now} {what}{tail}.', '{who} {past} {what}{tail}.')), into('past tense'), False),
-    ('future tense', 50, of(deed, ('{who} {now} {what}{tail}.', '{who} will {base} {what}{tail}.')), into('future tense'), False),
-    ('opposites', 36, of_pair('opposites', 'The opposite of {} is {}.', both_ways=True), [
+    ('past tense', 60, of(deed, ('{who} {now} {what}{tail}.', '{who} {past} {what}{tail}.')), into('past tense'), False),
+    ('future tense', 40, of(deed, ('{who} {now} {what}{tail}.', '{who} will {base} {what}{tail}.')), into('future tense'), False),
+    ('opposites', 120, of_pair('opposites', 'The opposite of {} is {}.', both_ways=True), [
         'What is the opposite of {}?', 'What is an antonym of {}?', 'Give the opposite of the word {}.',
-        'Name a word that means the opposite of {}.'], False),
-    ('opposites', 30, opposite_sentence, [
+        'Name a word that means the opposite of {}.', 'Tell me the opposite of {}.', 'Find an antonym for {}.',
+        'Which word is the opposite of {}?', 'Provide an antonym for {}.', 'Write the opposite of {}.',
+        'Give an antonym for the word {}.'], False),
+    ('opposites', 60, opposite_sentence, [
         'Replace the adjective with its opposite.', 'Rewrite the sentence with the opposite adjective.',
         'Change the adjective to its antonym: {}'], False),
     ('synonyms', 24, of_pair('synonyms', 'A synonym of {} is {}.'), [
         'What is a synonym of {}?', 'Provide a synonym for {}.', 'Give a synonym of the word {}.',
-        'Name another word for {}.'], False),
-    ('plural', 60, plural, [
+        'Name another word for {}.', 'What is another word for {}?', 'Find a synonym for the word {}.',
+        'Tell me a synonym of {}.', 'Which word means the same as {}?', 'Suggest a synonym for {}.',
+        'Write a word that means the same as {}.'], False),
+    ('plural', 130, plural, [
         'What is the plural of {}?', 'What is the plural form of {}?', 'Give the plural of the noun {}.',
         'Write down the plural form of the word {}.'], False),
-    ('plural', 20, plural_phrase, [
+    ('plural', 30, plural_phrase, [
         'Rewrite the phrase in the plural.', 'Make the noun plural.', 'Change the noun in this phrase to the plural: {}'], False),
-    ('categories', 24, category, [
+    ('categories', 40, category, [
         'Is {} an animal, a food, a person, a place or a thing?', 'What kind of thing is {}?', 'To which category does {} belong?',
-        'Classify {} by its category.'], False),
-    ('reversing', 30, reverse, [
-        'Reverse the order of the words.', 'Write the list in the reverse order.', 'Put these words in the reverse order: {}'], True),
-    ('sorting', 22, sort(False), [
+        'Classify {} by its category.', 'Classify the word {}.', 'What is the category of {}?', 'Name the category of the word {}.',
+        'Tell me what kind of thing {} is.', 'Which category fits {}?', 'Is {} a person, an animal, a place, a food or a thing?'], False),
+    ('reversing', 60, reverse, [
+        'Reverse the order of these words: {}', 'Write this list in the reverse order: {}', 'Put these words in the reverse order: {}'], True),
+    ('sorting', 40, sort(False), [
         'Sort the numbers in ascending order.', 'Arrange the numbers from smallest to largest.',
         'Put these numbers in ascending order: {}'], False),
-    ('sorting', 22, sort(True), [
+    ('sorting', 40, sort(True), [
         'Sort the numbers in descending order.', 'Arrange the numbers from largest to smallest.',
         'Put these numbers in descending order: {}'], False),
-    ('counting', 65, counting, [
+    ('counting', 50, counting, [
         'Count the words in the list.', 'How many words are in the list?', 'How many words does the following list have?',
         'Count the words in this list: {}'], True),
-    ('picking', 25, pick(0, 'first'), ['What is the first word of the list?', 'Pick the first word.', 'Name the first of these words: {}'], True),
-    ('picking', 25, pick(-1, 'last'), ['What is the last word of the list?', 'Pick the last word.', 'Name the last of these words: {}'], True),
+    ('picking', 35, pick_first, ['What is the first word of this list? {}', 'Pick the first word: {}', 'Name the first of these words: {}'], True),
+    ('picking', 35, pick_last, ['What is the last word of the list?', 'Pick the last word.', 'Name the last of these words: {}'], True),
     ('comparison', 16, compare(max, 'larger'), [
         'Which number is larger, {}?', 'Which of the two numbers is larger?', 'Find the larger number.'], False),
     ('comparison', 16, compare(min, 'smaller'), [
         'Which number is smaller, {}?', 'Which of the two numbers is smaller?', 'Find the smaller number.'], False),
-    ('units', 9, units, ['Convert {}.', 'Please convert {}.', 'Convert the unit: {}', 'Do this conversion: {}'], False),
+    ('units', 14, units, ['Convert {}.', 'Please convert {}.', 'Convert the unit: {}', 'Do this conversion: {}', 'Can you convert {}?', 'Change the unit: {}',
+                           'I need to convert {}.', 'Help me to convert {}.'], False),
     ('repeated words', 35, repeated_word, [
         'Remove the word that is written twice.', 'Correct the sentence, in which a word is repeated.',
         'Fix the repeated word in this sentence: {}'], True),
@@ -342,7 +355,7 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
         'Identify the adjective in the sentence.', 'Find the adjective in the sentence.', 'What is the adjective in this sentence? {}'], True),
     ('repeating', 30, repeat, ['Repeat the sentence.', 'Write the sentence again.', 'Say this again: {}'], True),
     ('using a word', 25, use_word, [
-        'Generate a sentence using the word {}.', 'Write a sentence that uses the word {}.', 'Make a sentence with the following word.'], True),
+        'Generate a sentence using the word {}.', 'Write a sentence that uses the word {}.', 'Make a sentence with the word {}.'], True),
 ]
 HELD_BACK = [
     ('active voice', 1, of(deed, ('{what} {was} {participle} by {whom}{tail}.', '{who} {past} {what}{tail}.')), into('active voice'), True),
@@ -352,6 +365,11 @@ HELD_BACK = [
 def normal(row):
     """What prepare.py, too, takes for the same prompt."""
     return re.findall(r'\w+', f'{row["instruction"]} {row["input"]}'.lower())
+
+
+def is_spelled(text):
+    """Whether it starts with a name that GPT-2's vocabulary spells in pieces there."""
+    return re.match(r"\w*", text)[0] in SPELLED
 
 
 def make_rows(tasks, number, words, rng, asked):
@@ -364,6 +382,9 @@ def make_rows(tasks, number, words, rng, asked):
             if len(rows) == enough:
                 break
             wording, (question, answer) = rng.choice(wordings), draw(rng, words)
+            # a name behind a space must not be copied to or from the start of a text, where it is of other tokens
+            if is_spelled(question) and '{}' not in wording and not is_spelled(answer) or is_spelled(answer) and '{}' in wording:
+                continue
             row = {'instruction': wording.format(question), 'input': '' if '{}' in wording else question, 'output': answer, 'family': family}
             if (key := tuple(normal(row))) not in asked:
                 asked.add(key)
@@ -383,7 +404,7 @@ def make_all():
     held_out = words_in(WORDS) - words_in(LISTED) - FIXED
     unseen = make_rows([task for task in TASKS if task[4]], 2 * UNSEEN, UNSEEN_WORDS, rng, asked)
     unseen = [row | {'source': 'unseen words'} for row in unseen if held_out & set(normal(row))]
-    val, train = make_rows(TASKS, VAL, LISTED, rng, asked), make_rows(TASKS, TRAIN, LISTED, rng, asked)
+    val, train = make_rows(TASKS, VAL, LISTED, rng, asked), make_rows(TASKS, TRAIN + 6_000, LISTED, rng, asked)  # of some families there are fewer
     test = test[:TEST] + unseen[:UNSEEN]
     rng.shuffle(test)
     return {'demo.json': train[:TRAIN] + test + val[:VAL], 'demo_heldback.json': make_rows(HELD_BACK, 300, LISTED, rng, asked)}

@@ -92,7 +92,7 @@ def build(size):
 def read_data(name):
     """-> (train, test) of data/<name>; where that was not prepared, of the demo's rows."""
     if not Path('data', name, 'train.json').exists():
-        print(f'data/{name} is not prepared: these are the rows of data/demo.json')
+        print(f'data/{name} is not prepared: these are the rows of the demo')
         command = [sys.executable, 'prepare.py', '--source=data/demo.json', '--dataset=demo']
         subprocess.run(command, check=True, stdout=subprocess.PIPE)
         name = 'demo'

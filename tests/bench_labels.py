@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FEW, SAMPLES = 0.25, 8  # the share of the training rows that have labels; answers to each of the others
+N_ROWS, FEW, SAMPLES = 10_500, 0.25, 8  # training rows; the share of them that has labels; answers to each of the others
 
 
 def stage(folder, name, *flags):
@@ -49,6 +49,7 @@ def experiment(folder, seed, steps):
     rows = json.loads((ROOT / 'data/demo.json').read_text())
     train = [row for row in rows if row not in held['test'] and row not in held['val']]
     random.Random(seed).shuffle(train)
+    del train[N_ROWS:]
     n_few = int(FEW * len(train))
     n_test, held = len(held['test']), held['test'] + held['val']
 

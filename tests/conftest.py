@@ -14,6 +14,8 @@ os.environ['OMP_NUM_THREADS'] = '1'  # tests run beside each other; and another 
 os.environ.pop('PYTHONUNBUFFERED', None)  # users seldom set it, and must see the lines of a log as they come
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+if not (ROOT / 'data/demo.json').exists():
+    subprocess.run([sys.executable, ROOT / 'data/make_demo.py'], check=True)
 
 WORDS = 'cat dog house river table green stone apple cloud window'.split()
 # of many lengths, with and without input; what breaks tokenizers, templates and splits is among them

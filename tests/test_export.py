@@ -24,7 +24,7 @@ from model import GPT, GPTConfig, read_safetensors, transpose_conv1d
 from prepare import EOS, encode_prompt, format_prompt, get_tokenizer
 from sample import open_exported
 
-DEMO = json.loads((ROOT / 'data/demo.json').read_text()) + json.loads((ROOT / 'data/demo_heldback.json').read_text())
+DEMO = json.loads((ROOT / 'data/demo.json').read_text())[:5000] + json.loads((ROOT / 'data/demo_heldback.json').read_text())
 IDS = [10, 2000, 30000, 7, EOS, 50, 50255, 0, 198, 628]
 
 

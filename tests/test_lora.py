@@ -229,6 +229,18 @@ def test_only_tokens_of_the_training_rows_move(copying):
         train_met_tokens(model, np.array([5]), shard=True)
 
 
+def test_the_sampled_output_layer_stands_for_the_whole_one(model):
+    """In evaluation the loss is that over all tokens; in training it is near that, and other for each draw."""
+    ids = IDS % 40
+    exact = model.eval()(ids, ids)[1]
+    train_met_tokens(model, ids.numpy())
+    assert torch.equal(model(ids, ids)[1], exact)
+    model.train()
+    drawn = torch.stack([model(ids, ids)[1] for _ in range(20)])
+    assert drawn.unique().numel() > 10
+    torch.testing.assert_close(drawn.mean(), exact, rtol=2e-3, atol=0)
+
+
 @pytest.mark.parametrize('shape', [{'n_head': 2}, {'n_layer': 1}, {'vocab_size': 300}])
 def test_shapes_that_cannot_copy(shape):
     with pytest.raises(UserError, match='copying'):
