@@ -59,6 +59,7 @@ OWNERS = 'my your his her our their'.split()
 TIMES = ('yesterday|last night|this morning|last week|on Monday|on Friday|in the morning|after school|before dinner|at night|in the summer|'
          'every day|two days ago|at noon').split('|')
 WHERE = 'in the garden|in the kitchen|at home|at school|in the park|near the river|in the street|on the table|behind the house|outside'.split('|')
+NEAR = 'in on near under behind'.split()
 NUMBERS = 'zero one two three four five six seven'.split()
 UNITS = {'kilograms': 'grams', 'kilometers': 'meters', 'liters': 'milliliters', 'meters': 'millimeters'}  # of a thousandth
 
@@ -121,12 +122,13 @@ def tail(rng, words, share=0.25):
     """-> when or where, with a space before it, or nothing."""
     if rng.random() > share:
         return ''
-    return ' ' + rng.choice([rng.choice(TIMES), rng.choice(WHERE), 'in ' + rng.choice(words['places'])[0]])
+    by_something = f'{rng.choice(NEAR)} the {common(rng, words["things"])[0]}'
+    return ' ' + rng.choice([rng.choice(TIMES), rng.choice(WHERE), 'in ' + rng.choice(words['places'])[0], by_something])
 
 
-def verb(rng, words):
+def verb(rng, words, kind='transitive'):
     """-> the forms of a verb: base, now, past, participle."""
-    return dict(zip(('base', 'now', 'past', 'participle'), common(rng, words['transitive'])))
+    return dict(zip(('base', 'now', 'past', 'participle'), common(rng, words[kind])))
 
 
 BE_NOW, BE_PAST = {'I': 'am', 'one': 'is', 'many': 'are'}, {'I': 'was', 'one': 'was', 'many': 'were'}
@@ -135,13 +137,31 @@ BE_NOW, BE_PAST = {'I': 'am', 'one': 'is', 'many': 'are'}, {'I': 'was', 'one': '
 def deed(rng, words):
     """-> a deed's parts, for the tasks below to put together."""
     (who, whom, number), (what, _, count), forms = agent(rng, words), patient(rng, words), verb(rng, words)
-    now, does = (forms['now'], 'does') if number == 'one' else (forms['base'], 'do')
-    return forms | {'who': who, 'whom': whom, 'what': what, 'now': now, 'does': does, 'was': BE_PAST[count], 'tail': tail(rng, words)}
+    where = tail(rng, words)
+    return agreeing(forms, number) | {'who': who, 'whom': whom, 'what': what, 'was': BE_PAST[count], 'tail': where, 'rest': f' {what}{where}'}
+
+
+def act(rng, words):
+    """-> the parts of a deed, or of what someone does to nothing."""
+    if rng.random() < 0.75:
+        return deed(rng, words)
+    who, _, number = agent(rng, words)
+    return agreeing(verb(rng, words, 'intransitive'), number) | {'who': who, 'rest': tail(rng, words, 0.7)}
+
+
+def agreeing(forms, number):
+    return forms | ({'does': 'does'} if number == 'one' else {'now': forms['base'], 'does': 'do'})
+
+
+def matter(rng, words):
+    """-> what has no plural, like patient."""
+    text = rng.choice(['it', *['the ' + common(rng, words['abstract'])[0]] * 3])
+    return text, text, 'one'
 
 
 def state(rng, words):
     """-> the parts of what something is like."""
-    who, _, number = rng.choice([agent, agent, patient])(rng, words)
+    who, _, number = rng.choice([agent, agent, agent, patient, matter])(rng, words)
     be = rng.choice([BE_NOW, BE_PAST])[number]
     return {'who': who, 'be': be, 'look': rng.choice(['', '', 'very ', 'too ']) + common(rng, words['adjectives'])[0], 'tail': tail(rng, words, 0.1)}
 
@@ -243,7 +263,7 @@ def units(rng, words):
 def any_sentence(rng, words):
     if rng.random() < 0.3:
         return start('{who} {be} {look}{tail}.'.format(**state(rng, words)))
-    return start('{who} {past} {what}{tail}.'.format(**deed(rng, words)))
+    return start('{who} {past}{rest}.'.format(**act(rng, words)))
 
 
 def repeat(rng, words):
@@ -290,18 +310,18 @@ NEGATE = ['Make the sentence negative.', 'Rewrite the sentence in the negative f
           'Turn this sentence into its negative: {}']
 TASKS = [  # family, weight, what draws them, wordings, whether the answer is made of the prompt's words
     ('passive voice', 150, of(deed, ('{who} {past} {what}{tail}.', '{what} {was} {participle} by {whom}{tail}.')), into('passive voice'), True),
-    ('negation', 90, of(deed, ('{who} {past} {what}{tail}.', '{who} did not {base} {what}{tail}.'),
-                         ('{who} {now} {what}{tail}.', '{who} {does} not {base} {what}{tail}.')), NEGATE, False),
+    ('negation', 90, of(act, ('{who} {past}{rest}.', '{who} did not {base}{rest}.'),
+                         ('{who} {now}{rest}.', '{who} {does} not {base}{rest}.')), NEGATE, False),
     ('negation', 50, of(state, ('{who} {be} {look}{tail}.', '{who} {be} not {look}{tail}.')), NEGATE, True),
-    ('negation', 30, of(deed, ('{who} will {base} {what}{tail}.', '{who} will not {base} {what}{tail}.'),
-                        ('{who} can {base} {what}{tail}.', '{who} cannot {base} {what}{tail}.')), NEGATE, True),
-    ('question', 100, of(deed, ('{who} {past} {what}{tail}.', 'did {who} {base} {what}{tail}?'),
-                         ('{who} {now} {what}{tail}.', '{does} {who} {base} {what}{tail}?')), ASK, False),
+    ('negation', 30, of(act, ('{who} will {base}{rest}.', '{who} will not {base}{rest}.'),
+                        ('{who} can {base}{rest}.', '{who} cannot {base}{rest}.')), NEGATE, True),
+    ('question', 100, of(act, ('{who} {past}{rest}.', 'did {who} {base}{rest}?'),
+                         ('{who} {now}{rest}.', '{does} {who} {base}{rest}?')), ASK, False),
     ('question', 50, of(state, ('{who} {be} {look}{tail}.', '{be} {who} {look}{tail}?')), ASK, True),
-    ('question', 30, of(deed, ('{who} will {base} {what}{tail}.', 'will {who} {base} {what}{tail}?'),
-                        ('{who} can {base} {what}{tail}.', 'can {who} {base} {what}{tail}?')), ASK, True),
-    ('past tense', 60, of(deed, ('{who} {now} {what}{tail}.', '{who} {past} {what}{tail}.')), into('past tense'), False),
-    ('future tense', 40, of(deed, ('{who} {now} {what}{tail}.', '{who} will {base} {what}{tail}.')), into('future tense'), False),
+    ('question', 30, of(act, ('{who} will {base}{rest}.', 'will {who} {base}{rest}?'),
+                        ('{who} can {base}{rest}.', 'can {who} {base}{rest}?')), ASK, True),
+    ('past tense', 60, of(act, ('{who} {now}{rest}.', '{who} {past}{rest}.')), into('past tense'), False),
+    ('future tense', 40, of(act, ('{who} {now}{rest}.', '{who} will {base}{rest}.')), into('future tense'), False),
     ('opposites', 120, of_pair('opposites', 'The opposite of {} is {}.', both_ways=True), [
         'What is the opposite of {}?', 'What is an antonym of {}?', 'Give the opposite of the word {}.',
         'Name a word that means the opposite of {}.', 'Tell me the opposite of {}.', 'Find an antonym for {}.',
