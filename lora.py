@@ -144,8 +144,8 @@ def save_peft(model, folder, base):
 
 # --- a start from scratch for copying words
 
-ENDINGS = 'ing', 'ies', 'ied', 'est', 'er', 'es', 'ed', 'ly', 's', 'd', 'y', 'e'
 N_SAMPLED = 1024  # tokens that training does not meet, in the output layer of a step
+ENDINGS = 'ing', 'ies', 'ied', 'est', 'er', 'es', 'ed', 'ly', 's', 'd', 'y', 'e'
 ALIKE = {'ies': 's', 'es': 's', 'ied': 'ed', 'd': 'ed'}  # endings of the same meaning
 
 def parts_of(token):
