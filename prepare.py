@@ -147,6 +147,9 @@ def find_sources(source):
             paths[name] = download([name], Path('data', dataset, f'download-{mark}-{name.rsplit("/", 1)[1]}'))
         else:
             found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+            scripts = sorted(Path(name).parent.glob('make_*.py'))
+            if scripts and not found:
+                raise UserError(f'there is no {name}; the script beside it writes it: python {scripts[0]}')
             paths |= {path: path for path in found or [name]}
     if not paths:
         raise UserError('source is empty: name a file, like --source=rows.json')

@@ -427,3 +427,9 @@ def test_memory_is_bounded(tmp_path):
                       '--test_share=0.005').stdout
         peaks.append(int(shown.rpartition('peak ')[2]) * 1024)
     assert peaks[1] - peaks[0] < 15e6 < (tmp_path / 'rows.json').stat().st_size / 2, peaks
+
+
+def test_rows_that_a_script_writes(run, tmp_path):
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data/make_demo.py').touch()
+    assert 'python data/make_demo.py' in run('prepare.py', ROOT / 'config/demo.py', code=2).stderr
