@@ -147,9 +147,9 @@ def find_sources(source):
             paths[name] = download([name], Path('data', dataset, f'download-{mark}-{name.rsplit("/", 1)[1]}'))
         else:
             found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-            scripts = sorted(Path(name).parent.glob('make_*.py'))
-            if scripts and not found:
-                raise UserError(f'there is no {name}; the script beside it writes it: python {scripts[0]}')
+            for script in [] if found else Path(name).parent.glob('make_*.py'):
+                if Path(name).name in script.read_text(encoding='utf-8'):
+                    raise UserError(f'there is no {name}; run: python {script}')
             paths |= {path: path for path in found or [name]}
     if not paths:
         raise UserError('source is empty: name a file, like --source=rows.json')

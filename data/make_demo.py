@@ -150,6 +150,7 @@ def act(rng, words):
 
 
 def agreeing(forms, number):
+    """-> the forms of a verb, 'now' and 'does' those that go with the number."""
     return forms | ({'does': 'does'} if number == 'one' else {'now': forms['base'], 'does': 'do'})
 
 
@@ -231,14 +232,11 @@ def counting(rng, words):
     return listed(some), f'There are {NUMBERS[len(some)]} words in the list.'
 
 
-def pick_first(rng, words):
-    some = some_words(rng, words, 2, 5)
-    return listed(some), f'The first word is {some[0]}.'
-
-
-def pick_last(rng, words):
-    some = some_words(rng, words, 2, 5)
-    return listed(some), f'The last word is {some[-1]}.'
+def pick(place, name):
+    def draw(rng, words):
+        some = some_words(rng, words, 2, 5)
+        return listed(some), f'The {name} word is {some[place]}.'
+    return draw
 
 
 def sort(reverse):
@@ -355,8 +353,8 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
     ('counting', 50, counting, [
         'Count the words in the list.', 'How many words are in the list?', 'How many words does the following list have?',
         'Count the words in this list: {}'], True),
-    ('picking', 35, pick_first, ['What is the first word of this list? {}', 'Pick the first word: {}', 'Name the first of these words: {}'], True),
-    ('picking', 35, pick_last, ['What is the last word of the list?', 'Pick the last word.', 'Name the last of these words: {}'], True),
+    ('picking', 35, pick(0, 'first'), ['What is the first word of this list? {}', 'Pick the first word: {}', 'Name the first of these words: {}'], True),
+    ('picking', 35, pick(-1, 'last'), ['What is the last word of the list?', 'Pick the last word.', 'Name the last of these words: {}'], True),
     ('comparison', 16, compare(max, 'larger'), [
         'Which number is larger, {}?', 'Which of the two numbers is larger?', 'Find the larger number.'], False),
     ('comparison', 16, compare(min, 'smaller'), [
@@ -402,10 +400,10 @@ def make_rows(tasks, number, words, rng, asked):
             if len(rows) == enough:
                 break
             wording, (question, answer) = rng.choice(wordings), draw(rng, words)
-            # a name behind a space must not be copied to or from the start of a text, where it is of other tokens
-            if is_spelled(question) and '{}' not in wording and not is_spelled(answer) or is_spelled(answer) and '{}' in wording:
-                continue
             row = {'instruction': wording.format(question), 'input': '' if '{}' in wording else question, 'output': answer, 'family': family}
+            # a name that starts the input is of other tokens than behind a space: it is copied to the start of the answer, or not at all
+            if is_spelled(row['input']) != is_spelled(answer):
+                continue
             if (key := tuple(normal(row))) not in asked:
                 asked.add(key)
                 rows.append(row)

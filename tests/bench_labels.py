@@ -3,6 +3,7 @@ What labels by self-consistency are worth, on the demo's families: do answers th
 them bring. For each seed: a model trained on few labels gives labels to the other rows; then one is trained on few labels and these,
 and one on all labels, for as many steps.
 
+    python data/make_demo.py                # writes the rows
     python tests/bench_labels.py            # seeds 123, 1 and 2: half an hour on two cores
     python tests/bench_labels.py 123 --steps=300
 """

@@ -12,7 +12,7 @@ from prepare import encode_rows, get_tokenizer
 
 DATA = Path(__file__).parent.parent / 'data'
 FILES = 'demo.json', 'demo_heldback.json'
-SHA256 = 'aaf7cd8daae1a346', '95f1f8f062741cc1'  # their first 16 digits
+SHA256 = 'aaf7cd8daae1a346', 'f5c169ba719329c2'  # their first 16 digits
 
 
 @pytest.fixture(scope='module')

@@ -431,5 +431,6 @@ def test_memory_is_bounded(tmp_path):
 
 def test_rows_that_a_script_writes(run, tmp_path):
     (tmp_path / 'data').mkdir()
-    (tmp_path / 'data/make_demo.py').touch()
-    assert 'python data/make_demo.py' in run('prepare.py', ROOT / 'config/demo.py', code=2).stderr
+    (tmp_path / 'data/make_demo.py').write_text("NAME = 'demo.json'")
+    assert 'run: python data/make_demo.py' in run('prepare.py', ROOT / 'config/demo.py', code=2).stderr
+    assert 'make_demo' not in run('prepare.py', '--source=data/others.json', code=2).stderr
