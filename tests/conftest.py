@@ -2,10 +2,13 @@
 import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,61 +36,109 @@ ROWS = [
 # the smallest model that is still a GPT-2; eval_interval keeps logs short
 TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', '--learning_rate=1e-3',
         '--sample_every_epoch=False', '--eval_interval=1000')
+STAGES = {path.name for path in ROOT.glob('*.py')}
+TORCHRUN = '-m', 'torch.distributed.run', '--nproc_per_node=2'  # before a stage; `processes` starts as many in less time
 
 
-# A process that has imported what most stages import, which takes 2.5 of the 3.5 s of a tiny run. Each line it reads, [folder, *argv], becomes a
-# copy of it in which the stage runs as __main__, down to Python's own handling of what it raises; it answers with the exit code
-FORKER = """
+# A process that has imported what the stages import, which takes most of the time of a tiny run. Each line it reads is a command,
+# [folder, files of stdout and stderr, environment, *argv], for which it forks a copy of itself, in which the stage runs as __main__, and
+# writes its pid; or a pid, for which it waits, and writes the exit code
+FORKER = f"""
 import gc, json, os, runpy, sys
-import matplotlib.figure, rouge_score.rouge_scorer, sacrebleu.metrics, scipy.stats, tiktoken, torch
-import torch._dynamo, torch.distributed.checkpoint.state_dict
+sys.path.insert(0, {str(ROOT)!r})
+import fastapi, matplotlib.figure, prepare, profanity_check, prometheus_client, requests, rouge_score.rouge_scorer, sacrebleu.metrics
+import scipy.stats, stdnum, tiktoken, torch, torch._dynamo, torch.distributed.checkpoint.state_dict, uvicorn
+prepare.get_tokenizer()
 gc.freeze()  # or each copy would touch, and so copy, all of its memory
 for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
+    request = json.loads(line)
+    pid = 0 if isinstance(request, list) else request
+    if pid:
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
         break
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 else:
     os._exit(0)
-folder, *sys.argv = json.loads(line)
-for number, (name, mode) in enumerate([(os.devnull, os.O_RDONLY), ('stdout', os.O_WRONLY), ('stderr', os.O_WRONLY)]):
-    os.dup2(os.open(name, mode), number)
+folder, stdout, stderr, environment, *sys.argv = request
+for number, name in enumerate([os.devnull, stdout, stderr]):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
 os.chdir(folder)
+os.environ.update(environment)
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
-FORKED = 'train.py', 'sample.py', 'judge.py', 'export.py'
 
 
 @functools.cache
 def forker():
-    """-> the process of FORKER, and the folder in which its copies write stdout and stderr."""
-    folder = Path(tempfile.mkdtemp())
+    """-> the process of FORKER, and a folder for what its copies print."""
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
-    return subprocess.Popen([sys.executable, '-c', FORKER], cwd=folder, text=True, **pipes), folder
+    return subprocess.Popen([sys.executable, '-c', FORKER], text=True, **pipes), Path(tempfile.mkdtemp())
 
 
-def fork(folder, command, timeout):
-    process, output = forker()
-    timer = threading.Timer(timeout, process.kill)
-    timer.start()
-    for name in 'stdout', 'stderr':
-        (output / name).write_text('')
-    print(json.dumps([str(folder), *map(str, command)]), file=process.stdin, flush=True)
-    code = int(process.stdout.readline())  # of nothing, where it took too long
-    timer.cancel()
-    return subprocess.CompletedProcess(command, code, (output / 'stdout').read_text(), (output / 'stderr').read_text())
+def tell_forker(request):
+    process, _ = forker()
+    print(json.dumps(request), file=process.stdin, flush=True)
+    return int(process.stdout.readline())
 
 
-def stage(folder, *command, code=0, env=None, timeout=120):
+class Forked:
+    """A stage in a copy of FORKER's process, with what the tests need of subprocess.Popen."""
+
+    def __init__(self, folder, command, env):
+        folder_of_output = forker()[1]
+        self.files = [folder_of_output / f'{time.monotonic_ns()}.{name}' for name in ('stdout', 'stderr')]
+        self.returncode = None
+        self.pid = tell_forker([str(folder), *map(str, self.files), env, *map(str, command)])
+
+    def wait(self, timeout=120):
+        """-> the exit code; the process is killed if it takes longer."""
+        timer = threading.Timer(timeout, os.kill, (self.pid, signal.SIGKILL))
+        timer.start()
+        self.returncode = tell_forker(self.pid)
+        timer.cancel()
+        return self.returncode
+
+    def output(self):
+        """-> what it has printed so far to stdout and stderr."""
+        return [file.read_text(errors='replace') if file.exists() else '' for file in self.files]
+
+    def signal_when(self, condition, number):
+        """Send it a signal as soon as the condition holds, and wait for its end."""
+        until = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < until, self.output()
+            time.sleep(0.002)
+        os.kill(self.pid, number)
+        self.wait()
+
+
+def fork(folder, command, env, timeout, processes):
+    """Run a stage in so many copies, as torchrun starts them -> CompletedProcess: all that they print, the first code that is not 0."""
+    ranks = [{}]
+    if processes > 1:
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]
+        ranks = [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
+                  'MASTER_PORT': str(port)} for rank in range(processes)]
+    copies = [Forked(folder, command, env | rank) for rank in ranks]
+    codes = [copy.wait(timeout) for copy in copies]
+    stdout, stderr = map(''.join, zip(*(copy.output() for copy in copies)))
+    return subprocess.CompletedProcess(command, next(filter(None, codes), 0), stdout, stderr)
+
+
+def stage(folder, *command, code=0, env=None, timeout=120, processes=1):
     """Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the code."""
-    is_forked = sys.platform == 'linux' and str(command[0]) in FORKED and not env
+    is_stage, env = str(command[0]) in STAGES, env or {}
     command = [ROOT / arg if arg.endswith('.py') and (ROOT / arg).is_file() else arg for arg in map(str, command)]
-    if is_forked:
-        process = fork(folder, command, timeout)
+    if sys.platform == 'linux' and is_stage and not env.keys() & {'PYTHONPATH', 'OMP_NUM_THREADS'}:
+        process = fork(folder, command, env, timeout, processes)
     else:
-        process = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=timeout,
-                                 stdin=subprocess.DEVNULL, env=os.environ | (env or {}))
+        launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
+        process = subprocess.run([sys.executable, *launcher, *command], cwd=folder, capture_output=True, text=True, timeout=timeout,
+                                 stdin=subprocess.DEVNULL, env=os.environ | env)
     assert process.returncode == code, process.stdout + process.stderr
     if code == 2:
         assert process.stderr.count('\n') == 1 and 'Traceback' not in process.stderr, process.stderr

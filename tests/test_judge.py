@@ -2,13 +2,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Forked
 from fake_judge import FakeJudge, fenced, honest
 
 import judge as stage
@@ -222,14 +222,8 @@ def test_a_server_that_goes_away_does_not_take_hours(judge, server):
 
 def test_an_interrupted_run_resumes(judge, server, tmp_path):
     server.delay = 0.05
-    process = subprocess.Popen([sys.executable, ROOT / 'judge.py', '--calibrate=0'], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               env=os.environ | {'OLLAMA_HOST': server.url})
-    path = tmp_path / 'out/judge.jsonl'
-    while not path.exists() or path.read_text().count('\n') < 4:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    process, path = Forked(tmp_path, [ROOT / 'judge.py', '--calibrate=0'], {'OLLAMA_HOST': server.url}), tmp_path / 'out/judge.jsonl'
+    process.signal_when(lambda: path.exists() and path.read_text().count('\n') >= 4, signal.SIGKILL)
     kept = path.read_text()
     path.write_text(kept + '{"key": "torn')
     done, asked = kept.count('\n'), len(server.asked)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, ROWS, TINY, stage
+from conftest import ROOT, ROWS, TINY, TORCHRUN, stage
 
 from model import GPT, GPTConfig
 from prepare import detokenize, encode_prompt
@@ -137,7 +137,7 @@ def test_an_interrupted_start_is_resumed(sample, tmp_path):
 
 def test_two_processes_share_the_prompts(sample):
     one = sample('--before=False')[0]
-    two = sample('--before=False', launcher=('-m', 'torch.distributed.run', '--nproc_per_node=2'))[0]
+    two = sample('--before=False', launcher=TORCHRUN)[0]
     assert [row['model_response'] for row in one] == [row['model_response'] for row in two]
     assert [row['reference_loss'] for row in one] == pytest.approx([row['reference_loss'] for row in two], rel=1e-5)
 
@@ -240,7 +240,7 @@ def test_labelling_is_resumed(sample, tmp_path):
     sample(*flags)
     assert '14 of 27 answers are there already' in sample.shown.stdout
     resumed = (tmp_path / 'a/pseudo-labels.json').read_bytes()
-    sample(*flags, launcher=['-m', 'torch.distributed.run', '--nproc_per_node=2'])
+    sample(*flags, processes=2)
     assert (tmp_path / 'a/pseudo-labels.json').read_bytes() == resumed
 
 

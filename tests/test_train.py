@@ -12,7 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, TORCHRUN, Forked
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
@@ -23,12 +23,11 @@ NAME = 'gpt2-2x32-sft'
 
 @pytest.fixture
 def train(run, prepared, tmp_path, monkeypatch):
-    """train(flag, ..., out='a', processes=1, code=0) -> the records of the run's log, after train.py ended with code."""
+    """train(flag, ..., out='a', launcher=(), **of stage) -> the records of the run's log, after train.py ended with code."""
     shutil.copytree(prepared / 'data', tmp_path / 'data')
     monkeypatch.chdir(tmp_path)  # where read_split looks
 
-    def train(*flags, out='a', processes=1, **kwargs):
-        launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
+    def train(*flags, out='a', launcher=(), **kwargs):
         train.shown = run(*launcher, 'train.py', *TINY, '--dataset=tiny', f'--out_dir={out}', *flags, **kwargs)
         log = tmp_path / out / 'log.jsonl'
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
@@ -42,6 +41,11 @@ def steps(records):
 
 def state(folder):
     return torch.load(folder / f'{NAME}.pth', weights_only=True)
+
+
+def started(folder, *flags):
+    """-> the process of a run."""
+    return Forked(folder, [ROOT / 'train.py', *TINY, '--dataset=tiny', *flags], {})
 
 
 def test_a_run(train, tmp_path):
@@ -109,13 +113,8 @@ def test_resume_is_bit_for_bit(train, tmp_path, extra):
     train('--max_steps=12', *flags, '--save_interval=6', out='b')
     checkpoint = torch.load(tmp_path / 'b/ckpt.pt', weights_only=True)
     assert checkpoint['progress']['step'] == 12 and not any('_orig_mod' in key or 'module.' in key for key in checkpoint['model'])
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=c', '--max_steps=12', *flags,
-                                '--save_interval=6', '--eval_interval=1'], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('step 8/'):
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
+    process = started(tmp_path, *flags, '--out_dir=c', '--max_steps=12', '--save_interval=6', '--eval_interval=1')
+    process.signal_when(lambda: '\nstep 8/' in process.output()[0], signal.SIGKILL)
     assert torch.load(tmp_path / 'c/ckpt.pt', weights_only=True)['progress']['step'] == 6
     resumed = train('--max_steps=12', *flags, '--init_from=resume', '--save_interval=6', out='c')
     assert steps(resumed) == steps(whole)
@@ -125,14 +124,10 @@ def test_resume_is_bit_for_bit(train, tmp_path, extra):
 
 def test_ctrl_c_saves_and_ends_cleanly(train, prepared, tmp_path):
     whole = train('--max_steps=30', out='a')
-    process = subprocess.Popen([sys.executable, ROOT / 'train.py', *TINY, '--dataset=tiny', '--out_dir=b', '--max_steps=30'],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('step 3/'):
-            process.send_signal(signal.SIGINT)
-            break
-    rest, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and 'stopped at step' in rest and 'Traceback' not in error
+    process = started(tmp_path, '--out_dir=b', '--max_steps=30')
+    process.signal_when(lambda: '\nstep 3/' in process.output()[0], signal.SIGINT)
+    stdout, stderr = process.output()
+    assert process.returncode == 0 and 'stopped at step' in stdout and 'Traceback' not in stderr
     assert (tmp_path / 'b' / f'{NAME}.pth').exists()
     assert steps(train('--max_steps=30', '--init_from=resume', out='b')) == steps(whole)
 
@@ -149,10 +144,10 @@ def test_accumulation_and_processes_are_one_step(train, tmp_path):
     """8x1, 2x2x2 processes, 4x2 processes sharded: the same losses, norms and weights; a short last batch does not hang."""
     flags = '--epochs=1', '--grad_clip=0.5', '--eval_iters=0', '--decay=matrices'
     one = train(*flags, '--batch_size=8', out='one')
-    for out, extra, processes in (('accumulated', ('--batch_size=2', '--gradient_accumulation_steps=4'), 1),
-                                  ('processes', ('--batch_size=2', '--gradient_accumulation_steps=2'), 2),
-                                  ('sharded', ('--batch_size=4', '--shard=True'), 2)):
-        other = train(*flags, *extra, out=out, processes=processes)
+    for out, extra, start in (('accumulated', ('--batch_size=2', '--gradient_accumulation_steps=4'), {}),
+                              ('processes', ('--batch_size=2', '--gradient_accumulation_steps=2'), {'launcher': TORCHRUN}),
+                              ('sharded', ('--batch_size=4', '--shard=True'), {'processes': 2})):
+        other = train(*flags, *extra, out=out, **start)
         assert len(one) == len(other)
         for a, b in zip(one, other):
             for key in a.keys() - {'seconds'}:
@@ -399,6 +394,6 @@ def test_a_terminal_gets_a_bar(train, tmp_path):
 def test_processes_tell_a_mistake_too(run, prepared, tmp_path):
     """torch's own handling of exceptions in several processes must not swallow the line."""
     shutil.copytree(prepared / 'data', tmp_path / 'data')
-    shown = run('-m', 'torch.distributed.run', '--nproc_per_node=2', 'train.py', *TINY, '--n_head=4', '--dataset=tiny', '--init=copying',
+    shown = run(*TORCHRUN, 'train.py', *TINY, '--n_head=4', '--dataset=tiny', '--init=copying',
                 '--shard=True', code=1).stderr
     assert "train.py: init='copying' goes with one process or several, not with shard=True" in shown
