@@ -182,12 +182,12 @@ def init_for_copying(model):
     shares = torch.tensor([1.0, 0.5, 0.35, 0.35, 0.6])
     shares = size * shares / shares.norm()
     texts = [get_tokenizer().decode_single_token_bytes(id).decode(errors='replace') for id in range(EOS)]
-    codes, wte = {}, model.wte.weight.zero_()
-    for id, text in enumerate([*texts, '<end>']):
-        for share, part in zip(shares, [*enumerate(parts_of(text)), ('token', id)]):
-            if part not in codes:
-                codes[part] = torch.randn(2 * d)
-            wte[id, token] += share * codes[part]
+    number, wte = {}, model.wte.weight.zero_()  # number: of each part, in the order in which they are met
+    parts = [[number.setdefault(part, len(number)) for part in (*enumerate(parts_of(text)), ('token', id))]
+             for id, text in enumerate([*texts, '<end>'])]
+    codes = torch.randn(len(number), 2 * d)
+    for share, its_parts in zip(shares, torch.tensor(parts).T):
+        wte[:EOS + 1, token] += share * codes[its_parts]
 
     # positions: pairs of a sine and a cosine, most frequencies at random, so that no two places are alike
     frequency = torch.cat((torch.rand(d // 2 - 4) * math.pi, torch.tensor([0.03, 0.07, 0.15, 0.3])))

@@ -41,13 +41,13 @@ def print_in_one_line(kind, error, traceback):
 def knobs_of(path):
     """-> {name: (default, comment)}: the literal assignments above configure(globals()), if it is called."""
     text, knobs = Path(path).read_text(encoding='utf-8'), {}
-    for node in ast.parse(text).body:
+    call = re.search(r'^\w+ = configure\(globals\(\)\)', text, re.MULTILINE)
+    head = text[:call.start()] if call else ''
+    for node in ast.parse(head).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.UnaryOp)):
-            comment = text.splitlines()[node.end_lineno - 1].partition('  # ')[2]
+            comment = head.splitlines()[node.end_lineno - 1].partition('  # ')[2]
             knobs[node.targets[0].id] = ast.literal_eval(node.value), comment
-        elif isinstance(node, ast.Assign) and 'configure(globals())' in ast.get_source_segment(text, node):
-            return knobs
-    return {}
+    return knobs
 
 def check_value(key, value, knobs, where):
     """-> value in the type of the knob `key`, an int taken for a float. UserError: a wrong name or type."""
