@@ -40,7 +40,7 @@ test: $(VENV)/test data/demo.json
 	$(RUN) -m pytest -q -n auto --dist worksteal
 
 interop: $(VENV)/interop data/demo.json
-	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py
+	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py tests/test_train.py::test_compile
 
 bench: $(VENV)/test data/demo.json
 	$(RUN) tests/bench.py

@@ -1,17 +1,14 @@
 """chat.html in a real browser, headless, against serve.py with two models that say what SCRIPTS has."""
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
 import requests
 import torch
-from conftest import ROOT
 from playwright.sync_api import expect, sync_playwright
+from test_serve import serving
 
 from model import GPT, GPTConfig
 from prepare import get_tokenizer
@@ -54,16 +51,9 @@ def urls(tmp_path_factory):
         torch.save(model.state_dict(), folder / f'{path}.pth')
         (folder / f'{path}.json').write_text(json.dumps({
             'model': asdict(model.config), 'init_from': str(folder / 'before.pth'), 'config': {'seed': 1}, 'step': 1, 'val_loss': 1.0}))
-    processes = [
-        subprocess.Popen([sys.executable, ROOT / 'serve.py', '--port=0', *flags], cwd=folder, text=True, stdout=subprocess.PIPE,
-                         env=os.environ | {'SERVE_API_KEY': key})
-        for flags, key in ((['--filters=pii', '--max_new_tokens=1900'], ''), (['--filters=', '--before=False'], 'sesame'))]
-    try:
-        yield [next(line.split()[-1] for line in process.stdout if ': http' in line) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    with (serving(folder, '--filters=pii', '--max_new_tokens=1900') as (url, _),
+          serving(folder, '--filters=', '--before=False', env={'SERVE_API_KEY': 'sesame'}) as (guarded, _)):
+        yield url, guarded
 
 
 @pytest.fixture(scope='module')

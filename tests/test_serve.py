@@ -7,8 +7,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -20,7 +18,7 @@ import openai
 import pytest
 import requests
 import torch
-from conftest import ROOT, stage
+from conftest import ROOT, Forked, stage
 from fake_judge import FakeJudge
 
 import sample
@@ -78,21 +76,15 @@ def run_folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(folder, *flags, env=None):
-    """serve.py in folder -> its URL, the process, and the path of what it writes."""
-    path = folder / f'serve-{time.monotonic_ns()}.log'
-    with open(path, 'w') as log:
-        process = subprocess.Popen([sys.executable, ROOT / 'serve.py', '--port=0', *flags], cwd=folder, stdout=log, stderr=log,
-                                   env=os.environ | (env or {}))
+    """serve.py in folder -> its URL, and the process."""
+    process = Forked(folder, [ROOT / 'serve.py', '--port=0', *flags], env or {})
     try:
-        found = None
-        while not found:
-            assert process.poll() is None, path.read_text()
-            time.sleep(0.1)
-            found = re.search(r'(http://[\d.]+:\d+)\n', path.read_text())
-        yield found[1], process, path
+        wait_until(lambda: ': http://' in process.output()[0], 60)
+        yield process.output()[0].split()[-1], process
     finally:
-        process.kill()
-        process.wait()
+        if process.returncode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope='module')
@@ -342,7 +334,7 @@ def guarded(run_folder):
     opinion = lambda prompt: json.dumps({'score': 90 if 'bomb' in prompt else 3})  # noqa: E731
     with FakeJudge(opinion) as judge, serving(
             run_folder, '--filters=patterns,moderator', '--patterns=mine.txt', f'--judge_url={judge.url}', '--max_active=1',
-            '--queue=2', '--max_new_tokens=900', '--request_timeout=20', '--without_key=True', env={'SERVE_API_KEY': 'sesame'}) as (url, _, _):
+            '--queue=2', '--max_new_tokens=900', '--request_timeout=20', '--without_key=True', env={'SERVE_API_KEY': 'sesame'}) as (url, _):
         yield url
 
 
@@ -406,7 +398,7 @@ def test_a_client_that_goes_away_frees_its_rows(url, stream):
 
 
 def test_the_time_limit(run_folder):
-    with serving(run_folder, '--max_new_tokens=900', '--request_timeout=0.3', '--filters=') as (url, _, _):
+    with serving(run_folder, '--max_new_tokens=900', '--request_timeout=0.3', '--filters=') as (url, _):
         reply = chat(url, 'Tell.', n=16, max_tokens=900, temperature=5)
         assert reply.status_code == 504 and 'longer than 0.3 s' in reply.json()['error']['message']
         lines = open_stream(url, n=16, temperature=5).text
@@ -415,12 +407,12 @@ def test_the_time_limit(run_folder):
 
 
 def test_sigterm_lets_answers_end(run_folder):
-    with serving(run_folder, '--max_new_tokens=900', '--filters=') as (url, process, _):
+    with serving(run_folder, '--max_new_tokens=900', '--filters=') as (url, process):
         whole = chat(url, 'Tell.', max_tokens=400, temperature=5).json()['choices'][0]['message']['content']
         reply = open_stream(url, 'Tell.', temperature=5, max_tokens=400)
         lines = reply.iter_lines(decode_unicode=True)
         first = next(lines)
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         chunks = [json.loads(line[6:]) for line in [first, *lines] if line.startswith('data: {')]
         assert ''.join(chunk['choices'][0]['delta']['content'] for chunk in chunks) == whole
         assert process.wait(timeout=20) == 0
@@ -429,10 +421,10 @@ def test_sigterm_lets_answers_end(run_folder):
 
 
 def test_no_prompt_is_logged(server):
-    url, _, log = server
+    url, process = server
     chat(url, 'Confidential: swordfish.')
     chat(url, 'Confidential: swordfish.', temperature=-1)
-    assert 'swordfish' not in log.read_text()
+    assert 'swordfish' not in ''.join(process.output())
 
 
 def test_the_page_and_its_policy(url):
