@@ -36,12 +36,12 @@ ROWS = [
 # the smallest model that is still a GPT-2; eval_interval keeps logs short
 TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', '--learning_rate=1e-3',
         '--sample_every_epoch=False', '--eval_interval=1000')
-STAGES = {path.name for path in ROOT.glob('*.py')}
+STAGES = {path.name for path in ROOT.glob('*.py')} | {str(ROOT / 'tests/host_tensors.py')}
 TORCHRUN = '-m', 'torch.distributed.run', '--nproc_per_node=2'  # before a stage; `processes` starts as many in less time
 
 
 # A process that has imported what the stages import, which takes most of the time of a tiny run. Each line it reads is a command,
-# [folder, files of stdout and stderr, environment, *argv], for which it forks a copy of itself, in which the stage runs as __main__, and
+# [folder, files of stdin, stdout and stderr, environment, Python to run first, *argv], for which it forks a copy of itself, in which the stage runs as __main__, and
 # writes its pid; or a pid, for which it waits, and writes the exit code
 FORKER = f"""
 import atexit, gc, json, os, runpy, sys, threading
@@ -62,15 +62,17 @@ for line in sys.stdin:
         break
 else:
     os._exit(0)
-folder, stdout, stderr, environment, *sys.argv = request
-for number, name in enumerate([os.devnull, stdout, stderr]):
+folder, stdin, stdout, stderr, environment, first, *sys.argv = request
+for number, name in enumerate([stdin, stdout, stderr]):
     os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+sys.stdin = os.fdopen(0)
 os.chdir(folder)
 os.environ.update(environment)
 sys.path[0] = os.path.dirname(sys.argv[0])
 code = 1
 try:
     try:
+        exec(first)
         runpy.run_path(sys.argv[0], run_name='__main__')
         code = 0
     except Exception:
@@ -103,11 +105,11 @@ def tell_forker(request):
 class Forked:
     """A stage in a copy of FORKER's process, with what the tests need of subprocess.Popen."""
 
-    def __init__(self, folder, command, env):
-        folder_of_output = forker()[1]
-        self.files = [folder_of_output / f'{time.monotonic_ns()}.{name}' for name in ('stdout', 'stderr')]
-        self.returncode = None
-        self.pid = tell_forker([str(folder), *map(str, self.files), env, *map(str, command)])
+    def __init__(self, folder, command, env, first='', input=''):
+        folder_of_output, self.returncode = forker()[1], None
+        stdin, *self.files = [folder_of_output / f'{time.monotonic_ns()}.{name}' for name in ('stdin', 'stdout', 'stderr')]
+        stdin.write_text(input)
+        self.pid = tell_forker([str(folder), *map(str, (stdin, *self.files)), env, first, *map(str, command)])
 
     def wait(self, timeout=120):
         """-> the exit code; the process is killed if it takes longer."""
@@ -131,7 +133,7 @@ class Forked:
         self.wait()
 
 
-def fork(folder, command, env, timeout, processes):
+def fork(folder, command, env, timeout, processes, first, input):
     """Run a stage in so many copies, as torchrun starts them -> CompletedProcess: all that they print, the first code that is not 0."""
     ranks = [{}]
     if processes > 1:
@@ -139,22 +141,28 @@ def fork(folder, command, env, timeout, processes):
             port = server.getsockname()[1]
         ranks = [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
                   'MASTER_PORT': str(port)} for rank in range(processes)]
-    copies = [Forked(folder, command, env | rank) for rank in ranks]
+    copies = [Forked(folder, command, env | rank, first, input) for rank in ranks]
     codes = [copy.wait(timeout) for copy in copies]
     stdout, stderr = map(''.join, zip(*(copy.output() for copy in copies)))
     return subprocess.CompletedProcess(command, next(filter(None, codes), 0), stdout, stderr)
 
 
-def stage(folder, *command, code=0, env=None, timeout=120, processes=1):
-    """Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the code."""
+def stage(folder, *command, code=0, env=None, timeout=120, processes=1, first='', input=''):
+    """
+    Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the exit code.
+    first: Python that its process runs before the stage. input: what it reads from stdin.
+    """
     is_stage, env = str(command[0]) in STAGES, env or {}
     command = [ROOT / arg if arg.endswith('.py') and (ROOT / arg).is_file() else arg for arg in map(str, command)]
     if sys.platform == 'linux' and is_stage and not env.keys() & {'PYTHONPATH', 'OMP_NUM_THREADS'}:
-        process = fork(folder, command, env, timeout, processes)
+        process = fork(folder, command, env, timeout, processes, first, input)
     else:
+        if first:
+            command = ['-c', f"import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0])\n{first}\n"
+                             "runpy.run_path(sys.argv[0], run_name='__main__')", *command]
         launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
         process = subprocess.run([sys.executable, *launcher, *command], cwd=folder, capture_output=True, text=True, timeout=timeout,
-                                 stdin=subprocess.DEVNULL, env=os.environ | env)
+                                 input=input, env=os.environ | env)
     assert process.returncode == code, process.stdout + process.stderr
     if code == 2:
         assert process.stderr.count('\n') == processes and 'Traceback' not in process.stderr, process.stderr

@@ -6,7 +6,6 @@ export.py: every format read by something that is not ours, equal to model.py, a
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -374,19 +373,17 @@ def test_mistakes_end_in_one_line(again, runs, flags, said):
     assert not (again / 'export').exists() and not (runs / 'absent').exists()
 
 
-def test_a_missing_package_is_named(again, runs, tmp_path):
+def test_a_missing_package_is_named(again, runs):
     """Before anything is written: gguf is hidden from the process."""
-    (tmp_path / 'sitecustomize.py').write_text(
-        'import importlib.util\nreal = importlib.util.find_spec\n'
-        'importlib.util.find_spec = lambda name, *rest: None if name == "gguf" else real(name, *rest)\n')
-    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=huggingface,gguf', code=2, env={'PYTHONPATH': str(tmp_path)})
+    hide = ('import importlib.util\nreal = importlib.util.find_spec\n'
+            'importlib.util.find_spec = lambda name, *rest: None if name == "gguf" else real(name, *rest)\n')
+    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=huggingface,gguf', code=2, first=hide)
     assert "to='huggingface,gguf' needs packages: pip install gguf" in process.stderr
     assert not (again / 'export').exists()
 
 
-def test_a_missing_consumer_is_named(again, runs, tmp_path):
-    (tmp_path / 'transformers.py').write_text('raise ModuleNotFoundError("no", name="transformers")\n')
-    process = stage(runs, 'export.py', f'--out_dir={again}', env={'PYTHONPATH': str(tmp_path)})
+def test_a_missing_consumer_is_named(again, runs):
+    process = stage(runs, 'export.py', f'--out_dir={again}', first='import sys; sys.modules["transformers"] = None')
     assert 'written, not verified: huggingface needs a package: pip install transformers' in process.stdout
     assert (again / 'export/huggingface/model.safetensors').exists()
 
@@ -419,17 +416,16 @@ def test_a_full_disk(runs, tmp_path, name):
     shutil.copytree(runs / 'lora', out, ignore=shutil.ignore_patterns('ckpt.pt', 'export'))
     (out / 'export' / name).mkdir(parents=True)
     (out / 'export' / name / 'before').write_text('')
-    process = subprocess.run([sys.executable, ROOT / 'export.py', f'--out_dir={out}', f'--to={name}'], cwd=runs, text=True, capture_output=True,
-                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)))
-    assert process.returncode == 2 and process.stderr.count('\n') == 1, process.stderr
+    process = stage(runs, 'export.py', f'--out_dir={out}', f'--to={name}', code=2,
+                    first='import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))')
     assert f'cannot write {out}/export/{name}' in process.stderr
     assert [path.name for path in (out / 'export').iterdir()] == [name] and (out / 'export' / name / 'before').exists()
 
 
-def test_a_wrong_export_is_found(again, runs, tmp_path):
+def test_a_wrong_export_is_found(again, runs):
     """A consumer whose logits are off by 0.001 at one position: exit 1, the folder set aside, the earlier export kept."""
     (again / 'export/torchscript').mkdir(parents=True)
-    (tmp_path / 'sitecustomize.py').write_text("""
+    wrong_load = """
 import torch
 load = torch.jit.load
 def wrong(path):
@@ -440,8 +436,8 @@ def wrong(path):
         return found
     return logits
 torch.jit.load = wrong
-""")
-    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=torchscript', code=1, env={'PYTHONPATH': str(tmp_path)})
+"""
+    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=torchscript', code=1, first=wrong_load)
     assert process.stderr.startswith('export.py: ') and 'torchscript.failed does not compute what model.py does' in process.stderr
     assert process.stderr.count('\n') == 1 and 'largest difference of logits 1.0e-03' in process.stdout
     assert sorted(path.name for path in (again / 'export').iterdir()) == ['torchscript', 'torchscript.failed']
