@@ -247,7 +247,9 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            cache = KVCache(self, os.path.commonprefix([row.ids[:-1] for row in rows]), cache_bytes)
+            # what all prompts begin with is computed once; of a single one all of it is prefilled at once
+            prefix = os.path.commonprefix([row.ids[:-1] for row in rows]) if len(prompts) > 1 else []
+            cache = KVCache(self, prefix, cache_bytes)
             max_rows = max(1, cache.max_rows(max(row.limit for row in rows)) // samples) * samples
             while waiting or cache.rows:
                 # prefill while half of the slots are free, the longest prompts first; else decode
@@ -284,9 +286,8 @@ class Row:
 class KVCache:
     """
     Keys and values of the rows that are being generated, which may join and leave between steps. `rows`: the
-    row in each slot; all begin with the ids `prefix`. A tensor per layer:
-    `prefix_cache` (2, 1, H, P, C/H), keys and values of the P ids that all rows begin with, held once;
-    `kv_cache` (2, slots, H, padded length, C/H), those of the ids after the prefix.
+    row in each slot; all begin with the P ids of `prefix`. `kv_cache`: a tensor (2, slots, H, padded length,
+    C/H) per layer; `prefix_cache` (2, H, P, C/H): those of the prefix, which new slots get copies of.
     """
     def __init__(self, model, prefix, max_bytes=4e9):
         H, C = model.config.n_head, model.config.n_embd
@@ -296,16 +297,16 @@ class KVCache:
         self.model, self.device, self.rows, self.P = model, device, [], 0
         self.max_positions = max_bytes / (2 * C * len(model.h) * dtype.itemsize)
         # the prefix is computed once, as a row of its own
-        self.prefix_cache = [torch.zeros(2, 1, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
         self.kv_cache = [torch.zeros(2, 0, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
+        self.prefix_cache = []
         if prefix:
             self.prefill([Row(model.config, prefix, 0)])
-            self.prefix_cache = [kv[:, :1, :, :len(prefix)].clone() for kv in self.kv_cache]
+            self.prefix_cache = [kv[:, 0, :, :len(prefix)].clone() for kv in self.kv_cache]
             self.rows, self.P = [], len(prefix)
 
     def max_rows(self, limit):
         """-> how many rows fit, should each become `limit` ids long, so that none has to leave early."""
-        return min(MAX_ROWS, max(1, int(self.max_positions / (limit - self.P))))
+        return min(MAX_ROWS, max(1, int(self.max_positions / limit)))
 
     def step(self, joining):
         """Prefill the rows that join, or if none do decode: a new id for each. Rows that have ended leave.
@@ -321,7 +322,7 @@ class KVCache:
 
     def resize(self):
         """Give each row a slot, and each slot the length of the longest row, in whole CACHE_GROWTHs."""
-        longest = max(len(row.ids) for row in self.rows) - self.P
+        longest = max(len(row.ids) for row in self.rows)
         length, slots = math.ceil(longest / CACHE_GROWTH) * CACHE_GROWTH, len(self.rows)
         _, old_slots, _, old_length, _ = self.kv_cache[0].shape
         if length != old_length or slots > old_slots:
@@ -340,6 +341,8 @@ class KVCache:
         """Compute the ids of rows into new slots -> logits (rows, vocab) of the id that follows each."""
         first, self.rows = len(self.rows), self.rows + rows
         self.resize()
+        for kv, prefix_kv in zip(self.kv_cache, self.prefix_cache):
+            kv[:, first:len(self.rows), :, :self.P] = prefix_kv[:, None]
         # the first of equal rows is computed, whole rows at once, about a chunk of positions
         slot_of = {}
         source = [slot_of.setdefault(tuple(row.ids), slot) for slot, row in enumerate(rows, first)]
@@ -362,13 +365,12 @@ class KVCache:
         mask = torch.ones(T, P + T, dtype=torch.bool, device=self.device).tril(P)
 
         def attend(layer, q, k, v):  # (1, H, N, C/H)
-            kv, (prefix_k, prefix_v), y = self.kv_cache[layer], self.prefix_cache[layer], []
+            kv, y = self.kv_cache[layer], []
             for slot, n, end in zip(slots, lengths, ends):
                 # a row of n positions sees the prefix and itself
                 row, seen = slice(end - n, end), mask[:n, :P + n]
-                kv[0, slot, :, :n], kv[1, slot, :, :n] = k[0, :, row], v[0, :, row]
-                keys = torch.cat((prefix_k, k[:, :, row]), dim=2)  # (1, H, P + n, C/H)
-                values = torch.cat((prefix_v, v[:, :, row]), dim=2)
+                kv[0, slot, :, P:P + n], kv[1, slot, :, P:P + n] = k[0, :, row], v[0, :, row]
+                keys, values = kv[:, slot:slot + 1, :, :P + n]  # (1, H, P + n, C/H)
                 y.append(F.scaled_dot_product_attention(q[:, :, row], keys, values, attn_mask=seen))
             return torch.cat(y, dim=2)  # (1, H, N, C/H)
 
@@ -376,32 +378,24 @@ class KVCache:
 
     def decode_step(self):
         """The last id of every row -> logits (rows, vocab) of the id that follows it."""
-        lengths = [len(row.ids) - self.P for row in self.rows]
-        n, P, T = len(self.rows), self.P, max(lengths)
+        n, T = len(self.rows), max(len(row.ids) for row in self.rows)
         if T > self.kv_cache[0].size(3):
             self.resize()
-        # each row's last id, at its place behind the prefix, and which places of the cache it must not see
+        # each row's last id, its place in the cache, and the places that it sees
         slots = torch.arange(n, device=self.device)
-        places = torch.tensor(lengths, device=self.device) - 1
+        places = torch.tensor([len(row.ids) - 1 for row in self.rows], device=self.device)
         idx = torch.tensor([row.ids[-1] for row in self.rows], device=self.device)
-        unseen = torch.arange(-P, T, device=self.device) > places[:, None, None, None]  # (n, 1, 1, P + T)
+        seen = torch.arange(T, device=self.device) <= places[:, None, None, None]  # (n, 1, 1, T)
 
         def attend(layer, q, k, v):  # (n, H, 1, C/H)
-            kv, (prefix_k, prefix_v) = self.kv_cache[layer], self.prefix_cache[layer]
+            kv = self.kv_cache[layer]
             # a 4-bit layer returns fp32 under autocast
             kv[0, slots, :, places] = k[:, :, 0].to(kv.dtype)
             kv[1, slots, :, places] = v[:, :, 0].to(kv.dtype)
             keys, values = kv[:, :n, :, :T]  # (n, H, T, C/H)
-            # all rows share the prefix: one product per head, with the rows in place of positions
-            q = q / math.sqrt(q.size(3))
-            prefix_scores = (q.transpose(0, 2) @ prefix_k.mT).transpose(0, 2)  # (n, H, 1, P)
-            scores = torch.cat((prefix_scores, q @ keys.mT), dim=3)  # (n, H, 1, P + T)
-            probs = scores.masked_fill(unseen, -math.inf).softmax(dim=3).to(v.dtype)
-            prefix_probs, probs = probs.split((P, T), dim=3)
-            prefix_y = (prefix_probs.transpose(0, 2) @ prefix_v).transpose(0, 2)  # (n, H, 1, C/H)
-            return prefix_y + probs @ values
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
 
-        return self.logits(idx[:, None], P + places[:, None], attend, slots)
+        return self.logits(idx[:, None], places[:, None], attend, slots)
 
     def logits(self, idx, positions, attend, last):
         """ids and positions (B, T) -> logits (n, vocab) of the n positions `last`, counted over all B T."""
