@@ -100,8 +100,13 @@ def read_data(name):
 
 
 def test_prompts(data, count=110):
+    """-> `count` prompts; beyond those of the split again, with another id in each, since equal ones are computed once."""
     ids, meta = data
-    return [ids[a:b].tolist() for a, b in zip(meta['start'], meta['answer'])][:count]
+    prompts = [ids[a:b].tolist() for a, b in zip(meta['start'], meta['answer'])]
+    for i in range(len(prompts), count):
+        first = prompts[i % meta['examples']]
+        prompts.append(first[:-6] + [i] + first[-5:])
+    return prompts[:count]
 
 
 # --- training
@@ -340,6 +345,10 @@ def bench_judge(args, data):
     subprocess.run([sys.executable, Path(__file__).with_name('bench_judge.py')], check=True)
 
 
+def bench_decode(args, data):
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_decode.py')], check=True)
+
+
 def bench_export(args, data):
     subprocess.run([sys.executable, Path(__file__).with_name('bench_export.py'), args.size], check=True)
 
@@ -359,13 +368,21 @@ def bench_growth(args, data):
         results = [(name, child('step', *more)) for name, *more in cases]
         return [(name, two(result['seconds']), two(result['peak'] / 1e9)) for name, result in results]
 
-    sizes, counts, lengths = ('small', 'medium', 'large'), (8, 32, 128), (32, 128, 512, 960)
+    sizes, counts, lengths, many = ('small', 'medium', 'large'), (8, 32, 128), (32, 128, 512, 960), (110, 1100, 5200)
     if args.quick:
-        sizes, counts, lengths = ('tiny',), (16,), (32, 128)
+        sizes, counts, lengths, many = ('tiny',), (16,), (32, 128), (110, 220)
     rows, small = rows_of((size, size, 'prefix') for size in sizes), sizes[0]
     table('a step of training by model, 8 rows', ('model', 's', 'peak GB'), rows)
     rows = rows_of((n, small, 'prefix', n) for n in counts)
     table(f'a step of training by rows, {small}', ('rows', 's', 'peak GB'), rows)
+    threads = [(n, child('step', small, 'prefix', threads=n), child('generate', small, 110, threads=n)) for n in (1, 2)]
+    table(f'by threads, {small}', ('threads', 's a step of 8 rows', 's for 110 prompts'), [
+        (n, two(step['seconds']), two(prompts['seconds'])) for n, step, prompts in threads])
+    rows = []
+    for n in many:
+        found = child('generate', small, n)
+        rows.append((f'{n:,}', two(found['seconds']), f'{1000 * found["seconds"] / n:.1f}', two(found['peak'] / 1e9)))
+    table(f'generation by prompts, {small}, 24 new tokens', ('prompts', 's', 'ms a prompt', 'peak GB'), rows)
     model, draw = build(small).eval(), torch.Generator().manual_seed(0)
     prompts = {n: torch.randint(50257, (8, n), generator=draw).tolist() for n in lengths}
     seconds = race({n: lambda n=n: model.generate(prompts[n], 16, eos=-1) for n in prompts}, 1)
@@ -399,11 +416,19 @@ def bench_lora(args, data):
     table(f'full, LoRA, QLoRA: {args.size}, 8 rows a step', ('trained', 'parameters', 's', 'tokens/s', 'peak GB'), rows)
 
 
-def child(what, size, *more, flags=()):
+def child(what, size, *more, flags=(), threads=0):
     """-> {'seconds': median, 'peak': bytes, ...} of one thing in a process of its own, on the same data."""
+    environment = os.environ | ({'OMP_NUM_THREADS': str(threads)} if threads else {})
     command = [sys.executable, __file__, f'--data={child.data}', f'--child={",".join(map(str, (what, size, *more)))}', *flags]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(out.splitlines()[-1])
+
+
+def processor_flags():
+    """-> those of the processor's flags that decide which kernels run."""
+    path = Path('/proc/cpuinfo')
+    found = path.read_text().split() if path.exists() else []
+    return [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in found]
 
 
 def load(name):
@@ -453,9 +478,9 @@ def run_child(data, what, size, *more):
 
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
-            'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export,
+            'decode': bench_decode, 'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export,
             'filters': bench_filters, 'serve': bench_serve, 'labels': bench_labels}
-NOT_QUICK = 'load', 'lora', 'tricks', 'judge', 'export', 'filters', 'serve', 'labels'  # unless --only names them
+NOT_QUICK = 'decode', 'load', 'lora', 'tricks', 'judge', 'export', 'filters', 'serve', 'labels'  # unless --only names them
 
 
 def main():
@@ -485,7 +510,7 @@ def main():
     processor = platform.processor()
     if Path('/proc/cpuinfo').exists():
         processor = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
-    print(f'{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+    print(f'{processor} ({" ".join(processor_flags())}), {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
           f'{platform.platform()}; sgemm 2048³ {sgemm_peak() / 1e9:.0f} GFLOP/s', flush=True)
     for section in args.only.split(','):
         SECTIONS[section](args, data)
