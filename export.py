@@ -23,7 +23,7 @@ import torch
 from config import UserError, configure, write_json, write_safetensors
 from judge import judge_lines, metrics_lines
 from lora import load_adapter, save_peft
-from model import GPT, RELEASED, linear, transpose_conv1d
+from model import GPT, RELEASED, transpose_conv1d
 from prepare import END, EOS, HEAD, TAIL, detokenize, encode_prompt, read_split, vocabulary_files
 from sample import newest, open_exported, reference_losses
 
@@ -158,7 +158,7 @@ def with_past(model, input_ids, attention_mask, position_ids, past):
         return (q @ keys.mT / math.sqrt(q.size(3))).masked_fill(~seen, -math.inf).softmax(3) @ values
 
     x = model.hidden_states(input_ids, position_ids, [attend] * len(model.h))
-    return linear(model.ln_f(x), model.wte.weight), present
+    return model.output_layer(model.ln_f(x)), present
 
 def write_onnx(model, folder):
     """One graph for prefill, where the past is empty, and decode; inputs and outputs have Optimum's names."""

@@ -1,6 +1,7 @@
 """
 Variations of a GPT that the base run never reads: LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023),
-small trained matrices on a frozen model; and a start for a small model that is to copy and rearrange words.
+small trained matrices on a frozen model; answers from matrices in float16; and a start for a small model that
+is to copy and rearrange words.
 
     add_lora(model, rank=16, alpha=16.0)                     # freezes the model; only A and B are trained
     add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
@@ -8,6 +9,7 @@ small trained matrices on a frozen model; and a start for a small model that is 
     load_adapter(model, 'adapter.safetensors')               # onto a freshly loaded base
     merged_state_dict(model)                                 # W + B A, in GPT-2's names
 
+    place, autocast = for_inference(device, dtype)           # how sample.py and serve.py compute answers
     init_for_copying(model)                                  # instead of GPT-2's initialization
 """
 import json
@@ -141,6 +143,44 @@ def save_peft(model, folder, base):
         'r': model.lora['rank'], 'lora_alpha': model.lora['alpha'], 'lora_dropout': 0.0, 'bias': 'none',
         'inference_mode': True, 'target_modules': model.lora['targets'].replace(' ', '').split(','),
         'fan_in_fan_out': True})  # transformers holds GPT-2's matrices (in, out)
+
+# --- answers in less than fp32
+
+class Float16Linear(nn.Module):
+    """A layer for inference on a CPU: its matrix is kept in float16, states and sums are fp32 (FBGEMM)."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), bias)
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+def keep_in_float16(model):
+    """Keep all matrices in float16, whose rounding is all that changes: a step that reads them reads half."""
+    for block in model.h:
+        for matrix in MATRICES:
+            layer = block.get_submodule(matrix)
+            is_lora = isinstance(layer, LoRA)
+            weight, bias = (layer.merged_weight(), layer.base.bias) if is_lora else (layer.weight, layer.bias)
+            block.set_submodule(matrix, Float16Linear(weight, bias.detach()))
+    model.output_layer = Float16Linear(model.wte.weight).forward
+    model.wte.weight.data = model.wte.weight.data.half()  # the sum with wpe's vectors is fp32
+
+def for_inference(device, dtype):
+    """
+    -> (place, autocast): place(model) moves it to the device for inference, and it answers in the context
+    autocast. On a CPU float16 is that of the matrices alone, where FBGEMM has such products (x86 with AVX2).
+    """
+    has_products = 'fbgemm' in torch.backends.quantized.supported_engines
+    is_of_matrices = device.type == 'cpu' and dtype == torch.float16 and has_products
+
+    def place(model):
+        model.to(device).eval()
+        if is_of_matrices:
+            keep_in_float16(model)
+        return model
+    return place, torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not is_of_matrices)
 
 # --- a start from scratch for copying words
 

@@ -166,7 +166,7 @@ class GPT(nn.Module):
                                    dropout_p=self.config.dropout if self.training else 0.0)
         x = self.hidden_states(idx, positions, [attend] * len(self.h))
         if targets is None:
-            return linear(self.ln_f(x), self.wte.weight), None
+            return self.output_layer(self.ln_f(x)), None
         # only supervised positions reach the output layer: the logits of prompts and pads are never made
         supervised = targets != IGNORE
         losses = self.target_losses(self.ln_f(x[supervised]), targets[supervised])
@@ -174,13 +174,17 @@ class GPT(nn.Module):
             return None, losses
         return None, losses.mean() if loss_reduction == 'mean' else losses.sum()
 
+    def output_layer(self, x):
+        """States behind ln_f (..., C) -> logits (..., vocab)."""
+        return linear(x, self.wte.weight)
+
     def target_losses(self, x, targets):
         """States behind ln_f (N, C), targets (N,) -> cross-entropy in nats of each target (N,), in fp32."""
         if len(targets) > LOGITS_CHUNK:
             # so many logits are not held at once: those of a chunk are computed again in backward
             chunks = zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
             return torch.cat([checkpoint(self.target_losses, *c, use_reentrant=False) for c in chunks])
-        logits = F.linear(x, self.wte.weight)
+        logits = self.output_layer(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # under autocast they are half
         return F.cross_entropy(logits, targets, reduction='none')
 
@@ -291,7 +295,7 @@ class KVCache:
     """
     def __init__(self, model, prefix, max_bytes=4e9):
         H, C = model.config.n_head, model.config.n_embd
-        device, dtype = model.wte.weight.device, model.wte.weight.dtype
+        device, dtype = model.wpe.weight.device, model.wpe.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # in which the layers return keys and values
         self.model, self.device, self.rows, self.P = model, device, [], 0
@@ -401,7 +405,7 @@ class KVCache:
         """ids and positions (B, T) -> logits (n, vocab) of the n positions `last`, counted over all B T."""
         attend_of = [functools.partial(attend, layer) for layer in range(len(self.kv_cache))]
         x = self.model.hidden_states(idx, positions, attend_of).flatten(0, 1)  # (B T, C)
-        return linear(self.model.ln_f(x[last]), self.model.wte.weight)
+        return self.model.output_layer(self.model.ln_f(x[last]))
 
 def sample_tokens(logits, rows):
     """logits (n, vocab) -> n ids: a row's likeliest, or where the cumulated probability passes its number."""

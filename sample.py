@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError, configure, init_device, read_jsonl, read_rows, write_json
-from lora import init_for_copying, load_adapter
+from lora import for_inference, init_for_copying, load_adapter
 from model import GPT, GPTConfig, transpose_conv1d
 from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_split
 
@@ -60,7 +60,7 @@ top_k = 0  # sample among the k likeliest; 0: among all
 seed = 123  # of the sampling
 # device
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'mps'
-dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': the GPU's best on cuda, float32 elsewhere
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16' (on a CPU of the matrices alone); 'auto': as in train.py
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
@@ -72,7 +72,7 @@ if __name__ == '__main__':
     device, compute_dtype, rank, world_size = init_device(device, dtype)
 else:  # export.py and serve.py import this file
     device, compute_dtype, rank, world_size = torch.device('cpu'), torch.float32, 0, 1
-autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+place, autocast = for_inference(device, compute_dtype)
 
 # --- load: the run's model, or the one that init_from names
 
@@ -416,7 +416,7 @@ if __name__ == '__main__':
             load_adapter(model, adapter)
         about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
     if not exported:
-        model.to(device).eval()
+        place(model)
     if rank == 0:
         print(f'\nloaded {about}: {model.config.name} on {device}')
 
@@ -435,4 +435,4 @@ if __name__ == '__main__':
         if run and before and not exported:
             del model
             model = load_before(made['init_from'], made['model'], made['config'], cache_dir, weights)
-            predict(model.to(device).eval(), BEFORE, f'{made["init_from"]} (before fine-tuning)')
+            predict(place(model), BEFORE, f'{made["init_from"]} (before fine-tuning)')

@@ -28,6 +28,7 @@ import torch
 
 from config import UserError, configure, init_device
 from judge import SCHEMA, Server, fence
+from lora import for_inference
 from model import GPT, KVCache, ModelError, Row
 from prepare import EOS, HEAD, TAIL, detokenize, encode_prompt, get_tokenizer
 from sample import HEADER_WORDS, find_run, load_before, response_text
@@ -74,7 +75,7 @@ judge_model = 'llama3'
 judge_url = ''
 # device
 device = 'auto'  # 'auto', 'cpu', 'cuda', 'mps'
-dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': the GPU's best on cuda, float32 elsewhere
+dtype = 'auto'  # 'float32', 'bfloat16', 'float16' (on a CPU of the matrices alone); 'auto': as in train.py
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
@@ -149,7 +150,7 @@ async def is_refused(text):
 
 # --- the batches: one for each model and kind of prompt, that of the template and raw ones
 
-models, digests, caches, waiting, changed = {}, {}, {}, [], asyncio.Event()
+models, sizes, digests, caches, waiting, changed = {}, {}, {}, {}, [], asyncio.Event()
 # all of torch runs in this thread: with a second pool of OpenMP threads each step would take a third longer
 thread = ThreadPoolExecutor(1)
 
@@ -465,7 +466,7 @@ async def ollama_json(ask, answers, is_chat, stream, pieces):
         yield part
 
 def model_json(name):
-    shape, size = models[name].config, sum(p.numel() for p in models[name].parameters())
+    shape, size = models[name].config, sizes[name]
     return {'name': name, 'model': name, 'modified_at': now(), 'size': 4 * size, 'digest': digests[name],
             'details': {'format': 'pytorch', 'family': 'gpt2', 'families': ['gpt2'], 'parent_model': '',
                         'parameter_size': f'{size / 1e6:.0f}M', 'quantization_level': 'F32'},
@@ -499,7 +500,7 @@ app.get('/metrics')(lambda: PlainTextResponse(generate_latest()))
 
 @torch.inference_mode()
 def load_models():
-    """Fill models, digests and caches: with the run's and what it came from, or the one init_from names."""
+    """Fill the dicts of models: with the run's and what it came from, or the one that init_from names."""
     run = find_run(out_dir, init_from)
     model = GPT.from_pretrained(run.with_suffix('.pth') if run else init_from, cache_dir, weights)
     models[run.stem if run else model.config.name] = model
@@ -508,9 +509,10 @@ def load_models():
         models[run.stem.removesuffix('-sft') + '-before'] = load_before(
             made['init_from'], made['model'], made['config'], cache_dir, weights)
     for name, model in models.items():
+        sizes[name] = sum(p.numel() for p in model.parameters())
         hashes = [hashlib.sha256(p.numpy()).digest() for p in model.parameters()]
         digests[name] = hashlib.sha256(b''.join(hashes)).hexdigest()
-        model.to(device).eval()
+        place(model)
         with autocast:
             # the template's ids, but for the last, which may merge with the instruction
             prefix = get_tokenizer().encode_ordinary(HEAD)[:-1]
@@ -542,7 +544,7 @@ if __name__ == '__main__':
 
     # the models
     device, compute_dtype, _, _ = init_device(device, dtype)
-    autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+    place, autocast = for_inference(device, compute_dtype)
     thread.submit(load_models).result()
     max_active = min(max_active, *(c.max_rows(c.model.config.block_size) for c in caches.values()))
     started = int(time.time())

@@ -8,6 +8,7 @@ part where they are installed; what needs a processor with bfloat16 is left out 
 """
 import contextlib
 import io
+import operator
 import statistics
 import subprocess
 import sys
@@ -19,10 +20,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import torch  # noqa: E402
-from bench import build, processor_flags, race, table  # noqa: E402
+from bench import build, processor_flags, race, read_data, table, test_prompts  # noqa: E402
 from bench_export import write_run  # noqa: E402
 
 from config import UserError, keep_freed_memory  # noqa: E402
+from lora import for_inference  # noqa: E402
 from prepare import encode_prompt  # noqa: E402
 from sample import open_exported  # noqa: E402
 
@@ -59,8 +61,10 @@ def bench_decode(sizes):
         read, model = read_bandwidth(), build(size).eval()
         weight_bytes = 4 * sum(p.numel() for name, p in model.named_parameters() if name != 'wpe.weight')
         programs = {'model.py, fp32': (model, weight_bytes)}
+        place, _ = for_inference(torch.device('cpu'), torch.float16)
+        programs['model.py, float16'] = place(build(size)), weight_bytes / 2
         if {'avx512_bf16', 'amx_bf16'} & set(flags):
-            programs['model.py, weights in bfloat16'] = build(size).bfloat16().eval(), weight_bytes / 2
+            programs['model.py, all in bfloat16'] = build(size).bfloat16().eval(), weight_bytes / 2
         else:
             print('bfloat16 is left out: the processor has neither avx512_bf16 nor amx_bf16')
         with tempfile.TemporaryDirectory() as folder:
@@ -72,6 +76,10 @@ def bench_decode(sizes):
             calls = {(program, n): lambda one=one, n=n: one.generate([prompt], n, eos=-1)
                      for program, (one, _) in programs.items() for n in (1, STEPS + 1)}
             seconds = race(calls, 5)
+            many = test_prompts(read_data('instruction-data')[1])
+            exact, half = ([id for ids in programs[f'model.py, {name}'][0].generate(many, 24, eos=-1) for id in ids]
+                           for name in ('fp32', 'float16'))
+            print(f'{size}: {100 * sum(map(operator.eq, exact, half)) / len(exact):.2f} % of {len(exact)} greedy ids equal in float16')
         for program, (_, its_bytes) in programs.items():
             step = (seconds[program, STEPS + 1] - seconds[program, 1]) / STEPS
             rows.append((size, program, f'{1000 * step:.1f}', f'{1 / step:.1f}', f'{its_bytes / step / 1e9:.1f}',

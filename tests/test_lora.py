@@ -12,6 +12,7 @@ from config import UserError
 from lora import (
     LoRA,
     add_lora,
+    for_inference,
     init_for_copying,
     load_adapter,
     merged_state_dict,
@@ -239,6 +240,44 @@ def test_the_sampled_output_layer_stands_for_the_whole_one(model):
     drawn = torch.stack([model(ids, ids)[1] for _ in range(20)])
     assert drawn.unique().numel() > 10
     torch.testing.assert_close(drawn.mean(), exact, rtol=2e-3, atol=0)
+
+
+@pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason='needs FBGEMM: x86 with AVX2')
+@pytest.mark.parametrize('with_lora', [False, True])
+def test_matrices_in_float16(model, with_lora):
+    """All that changes is that the matrices are rounded: an fp32 model of rounded ones computes the same, its biases are exact."""
+    if with_lora:
+        add_lora(model, 4, 16.0)
+        for name, p in model.named_parameters():
+            if name.endswith('.B'):
+                nn.init.normal_(p, std=0.1)
+    rounded = GPT(model.config)
+    state = merged_state_dict(model)
+    rounded.load_state_dict({name: p.half().float() if p.dim() == 2 and 'wpe' not in name else p for name, p in state.items()})
+    place, autocast = for_inference(torch.device('cpu'), torch.float16)
+    prompts = [[1, 2, 3], [1, 2, 9, 8, 7], [5]]
+    with torch.inference_mode(), autocast:
+        place(model)
+        logits, losses = model(IDS)[0], model(IDS, IDS, loss_reduction='none')[1]
+        torch.testing.assert_close(logits, rounded.eval()(IDS)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(losses, rounded(IDS, IDS, loss_reduction='none')[1], rtol=1e-5, atol=1e-5)
+        assert not torch.equal(logits, rounded.half().float()(IDS)[0])  # which rounds the rest, too
+        assert model.generate(prompts, 20, eos=-1) == [model.generate([prompt], 20, eos=-1)[0] for prompt in prompts]
+    assert logits.dtype == losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize('device, dtype, engines, is_enabled', [
+    ('cpu', torch.float16, ['fbgemm'], False), ('cpu', torch.float16, ['qnnpack'], True), ('cpu', torch.bfloat16, ['fbgemm'], True),
+    ('cpu', torch.float32, ['fbgemm'], False)])
+def test_where_float16_is_that_of_the_matrices(model, monkeypatch, device, dtype, engines, is_enabled):
+    """Elsewhere, and in bfloat16, it is autocast's, and the model stays as it is."""
+    monkeypatch.setattr(type(torch.backends.quantized), 'supported_engines', engines)
+    place, autocast = for_inference(torch.device(device), dtype)
+    if dtype != torch.float16 or is_enabled:
+        assert place(model) is model and model.wte.weight.dtype == torch.float32 and not model.training
+    with autocast:
+        assert torch.is_autocast_enabled('cpu') == is_enabled
+        assert model(IDS)[0].dtype == (dtype if is_enabled else torch.float32)
 
 
 @pytest.mark.parametrize('shape', [{'n_head': 2}, {'n_layer': 1}, {'vocab_size': 300}])

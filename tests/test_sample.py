@@ -131,6 +131,14 @@ model.GPT.generate = generate
     assert not list((tmp_path / 'a').glob('*.part*'))
 
 
+def test_float16_on_a_cpu(sample):
+    """The matrices are rounded, to 11 bits: the same answers, nearly the same losses."""
+    exact, half = sample('--before=False')[0], sample('--before=False', '--dtype=float16')[0]
+    equal = sum(a['model_response'] == b['model_response'] for a, b in zip(exact, half))
+    assert equal >= len(exact) - 1 and half != exact
+    assert [row['reference_loss'] for row in half] == pytest.approx([row['reference_loss'] for row in exact], rel=1e-2)
+
+
 def test_two_processes_share_the_prompts(sample):
     one = sample('--before=False')[0]
     two = sample('--before=False', launcher=TORCHRUN)[0]

@@ -407,7 +407,9 @@ def test_the_time_limit(run_folder):
 
 
 def test_sigterm_lets_answers_end(run_folder):
-    with serving(run_folder, '--max_new_tokens=900', '--filters=') as (url, process):
+    """And all of it works with matrices in float16."""
+    with serving(run_folder, '--max_new_tokens=900', '--filters=', '--dtype=float16') as (url, process):
+        assert requests.get(url + '/api/tags').json()['models'][0]['details']['parameter_size'] == '3M'
         whole = chat(url, 'Tell.', max_tokens=400, temperature=5).json()['choices'][0]['message']['content']
         reply = open_stream(url, 'Tell.', temperature=5, max_tokens=400)
         lines = reply.iter_lines(decode_unicode=True)
