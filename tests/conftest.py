@@ -36,13 +36,13 @@ ROWS = [
 # the smallest model that is still a GPT-2; eval_interval keeps logs short
 TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', '--learning_rate=1e-3',
         '--sample_every_epoch=False', '--eval_interval=1000')
-STAGES = {path.name for path in ROOT.glob('*.py')} | {str(ROOT / 'tests/host_tensors.py')}
-TORCHRUN = '-m', 'torch.distributed.run', '--nproc_per_node=2'  # before a stage; `processes` starts as many in less time
+STAGES = {path.name for path in ROOT.glob('*.py')} | {'host_tensors.py'}
+TORCHRUN = '-m', 'torch.distributed.run', '--nproc_per_node=2'  # before a stage
 
 
-# A process that has imported what the stages import, which takes most of the time of a tiny run. Each line it reads is a command,
-# [folder, files of stdin, stdout and stderr, environment, Python to run first, *argv], for which it forks a copy of itself, in which the stage runs as __main__, and
-# writes its pid; or a pid, for which it waits, and writes the exit code
+# A process that has imported what the stages import, which takes most of the time of a tiny run. It reads lines: a command, [folder,
+# files of stdin, stdout and stderr, environment, Python to run first, *argv], for which it forks a copy of itself, in which the stage
+# runs as __main__, and writes its pid; or a pid, for which it waits, and writes the exit code
 FORKER = f"""
 import atexit, gc, json, os, runpy, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
@@ -91,31 +91,38 @@ os._exit(code)  # as Python ends, but for freeing all objects, which takes half 
 
 @functools.cache
 def forker():
-    """-> the process of FORKER, and a folder for what its copies print."""
-    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
-    return subprocess.Popen([sys.executable, '-c', FORKER], text=True, **pipes), Path(tempfile.mkdtemp())
+    return subprocess.Popen([sys.executable, '-c', FORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def tell_forker(request):
-    process, _ = forker()
-    print(json.dumps(request), file=process.stdin, flush=True)
-    return int(process.stdout.readline())
+    print(json.dumps(request), file=forker().stdin, flush=True)
+    return int(forker().stdout.readline())
 
 
-class Forked:
-    """A stage in a copy of FORKER's process, with what the tests need of subprocess.Popen."""
+class Started:
+    """A program that runs: a stage in a copy of FORKER's process (on Linux; others do not like forks), any other in a new one."""
 
     def __init__(self, folder, command, env, first='', input=''):
-        folder_of_output, self.returncode = forker()[1], None
-        stdin, *self.files = [folder_of_output / f'{time.monotonic_ns()}.{name}' for name in ('stdin', 'stdout', 'stderr')]
+        output, self.returncode, self.process = Path(tempfile.mkdtemp()), None, None
+        stdin, *self.files = [output / name for name in ('stdin', 'stdout', 'stderr')]
         stdin.write_text(input)
-        self.pid = tell_forker([str(folder), *map(str, (stdin, *self.files)), env, first, *map(str, command)])
+        command = [str(ROOT / arg) if str(arg) in STAGES else str(arg) for arg in command]
+        is_stage = Path(command[0]).name in STAGES and not env.keys() & {'PYTHONPATH', 'OMP_NUM_THREADS'}
+        if is_stage and sys.platform == 'linux':
+            self.pid = tell_forker([str(folder), *map(str, (stdin, *self.files)), env, first, *command])
+            return
+        if first:
+            command = ['-c', 'import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0])\n'
+                             f"{first}\nrunpy.run_path(sys.argv[0], run_name='__main__')", *command]
+        with open(stdin) as stdin, open(self.files[0], 'w') as stdout, open(self.files[1], 'w') as stderr:
+            self.process = subprocess.Popen([sys.executable, *command], cwd=folder, env=os.environ | env, stdin=stdin, stdout=stdout, stderr=stderr)
+        self.pid = self.process.pid
 
     def wait(self, timeout=120):
         """-> the exit code; the process is killed if it takes longer."""
         timer = threading.Timer(timeout, os.kill, (self.pid, signal.SIGKILL))
         timer.start()
-        self.returncode = tell_forker(self.pid)
+        self.returncode = self.process.wait() if self.process else tell_forker(self.pid)
         timer.cancel()
         return self.returncode
 
@@ -133,40 +140,25 @@ class Forked:
         self.wait()
 
 
-def fork(folder, command, env, timeout, processes, first, input):
-    """Run a stage in so many copies, as torchrun starts them -> CompletedProcess: all that they print, the first code that is not 0."""
+def stage(folder, *command, code=0, env=None, timeout=120, processes=1, first='', input=''):
+    """
+    Run a stage in folder as a user does -> CompletedProcess, after asserting the exit code. processes: as many, started as torchrun
+    starts them, in less time; what all print, and the first code that is not 0. first: Python that runs before the stage. input: of stdin.
+    """
     ranks = [{}]
     if processes > 1:
         with socket.create_server(('127.0.0.1', 0)) as server:
             port = server.getsockname()[1]
         ranks = [{'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1',
                   'MASTER_PORT': str(port)} for rank in range(processes)]
-    copies = [Forked(folder, command, env | rank, first, input) for rank in ranks]
-    codes = [copy.wait(timeout) for copy in copies]
-    stdout, stderr = map(''.join, zip(*(copy.output() for copy in copies)))
-    return subprocess.CompletedProcess(command, next(filter(None, codes), 0), stdout, stderr)
-
-
-def stage(folder, *command, code=0, env=None, timeout=120, processes=1, first='', input=''):
-    """
-    Run a stage (torchrun's with its own arguments before it) in folder as a user does -> CompletedProcess. Asserts the exit code.
-    first: Python that its process runs before the stage. input: what it reads from stdin.
-    """
-    is_stage, env = str(command[0]) in STAGES, env or {}
-    command = [ROOT / arg if arg.endswith('.py') and (ROOT / arg).is_file() else arg for arg in map(str, command)]
-    if sys.platform == 'linux' and is_stage and not env.keys() & {'PYTHONPATH', 'OMP_NUM_THREADS'}:
-        process = fork(folder, command, env, timeout, processes, first, input)
-    else:
-        if first:
-            command = ['-c', f"import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0])\n{first}\n"
-                             "runpy.run_path(sys.argv[0], run_name='__main__')", *command]
-        launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={processes}'] if processes > 1 else []
-        process = subprocess.run([sys.executable, *launcher, *command], cwd=folder, capture_output=True, text=True, timeout=timeout,
-                                 input=input, env=os.environ | env)
-    assert process.returncode == code, process.stdout + process.stderr
+    started = [Started(folder, command, (env or {}) | rank, first, input) for rank in ranks]
+    codes = [one.wait(timeout) for one in started]
+    stdout, stderr = map(''.join, zip(*(one.output() for one in started)))
+    found = next(filter(None, codes), 0)
+    assert found == code, stdout + stderr
     if code == 2:
-        assert process.stderr.count('\n') == processes and 'Traceback' not in process.stderr, process.stderr
-    return process
+        assert stderr.count('\n') == processes and 'Traceback' not in stderr, stderr
+    return subprocess.CompletedProcess(command, found, stdout, stderr)
 
 
 @pytest.fixture

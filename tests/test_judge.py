@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Forked
+from conftest import Started
 from fake_judge import FakeJudge, fenced, honest
 
 import judge as stage
@@ -222,7 +222,7 @@ def test_a_server_that_goes_away_does_not_take_hours(judge, server):
 
 def test_an_interrupted_run_resumes(judge, server, tmp_path):
     server.delay = 0.05
-    process, path = Forked(tmp_path, [ROOT / 'judge.py', '--calibrate=0'], {'OLLAMA_HOST': server.url}), tmp_path / 'out/judge.jsonl'
+    process, path = Started(tmp_path, [ROOT / 'judge.py', '--calibrate=0'], {'OLLAMA_HOST': server.url}), tmp_path / 'out/judge.jsonl'
     process.signal_when(lambda: path.exists() and path.read_text().count('\n') >= 4, signal.SIGKILL)
     kept = path.read_text()
     path.write_text(kept + '{"key": "torn')

@@ -18,7 +18,7 @@ import openai
 import pytest
 import requests
 import torch
-from conftest import ROOT, Forked, stage
+from conftest import ROOT, Started, stage
 from fake_judge import FakeJudge
 
 import sample
@@ -77,7 +77,7 @@ def run_folder(tmp_path_factory):
 @contextlib.contextmanager
 def serving(folder, *flags, env=None):
     """serve.py in folder -> its URL, and the process."""
-    process = Forked(folder, [ROOT / 'serve.py', '--port=0', *flags], env or {})
+    process = Started(folder, [ROOT / 'serve.py', '--port=0', *flags], env or {})
     try:
         wait_until(lambda: ': http://' in process.output()[0], 60)
         yield process.output()[0].split()[-1], process

@@ -12,7 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TORCHRUN, Forked
+from conftest import ROOT, TINY, TORCHRUN, Started
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
@@ -45,7 +45,7 @@ def state(folder):
 
 def started(folder, *flags):
     """-> the process of a run."""
-    return Forked(folder, [ROOT / 'train.py', *TINY, '--dataset=tiny', *flags], {})
+    return Started(folder, [ROOT / 'train.py', *TINY, '--dataset=tiny', *flags], {})
 
 
 def test_a_run(train, tmp_path):
