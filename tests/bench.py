@@ -2,7 +2,7 @@
 Every performance figure that the README quotes, as Markdown tables; with peers, where requirements-bench.txt is installed.
 
     python tests/bench.py                                # medium's shape, the 1,100 rows if prepared: an hour with peers
-    python tests/bench.py --quick                        # under a minute
+    python tests/bench.py --quick                        # a tiny model: some minutes
     python tests/bench.py --only=train,generate --size=small
 
 Weights are random: time does not depend on them. What is compared runs in turns, A B C A B C, each in a process of its own,
