@@ -172,7 +172,8 @@ def for_inference(device, dtype):
     -> (place, autocast): place(model) moves it to the device for inference, and it answers in the context
     autocast. On a CPU float16 is that of the matrices alone, where FBGEMM has such products (x86 with AVX2).
     """
-    has_products = 'fbgemm' in torch.backends.quantized.supported_engines
+    has_products = ('fbgemm' in torch.backends.quantized.supported_engines
+                    and hasattr(torch.ops.quantized, 'linear_prepack_fp16'))
     is_of_matrices = device.type == 'cpu' and dtype == torch.float16 and has_products
 
     def place(model):
