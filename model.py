@@ -300,10 +300,9 @@ class KVCache:
             dtype = torch.get_autocast_dtype(device.type)  # in which the layers return keys and values
         self.model, self.device, self.rows, self.P = model, device, [], 0
         self.max_positions = max_bytes / (2 * C * len(model.h) * dtype.itemsize)
-        # the prefix is computed once, as a row of its own
         self.kv_cache = [torch.zeros(2, 0, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
         self.prefix_cache = []
-        if prefix:
+        if prefix:  # it is computed once, as a row of its own
             self.prefill([Row(model.config, prefix, 0)])
             self.prefix_cache = [kv[:, 0, :, :len(prefix)].clone() for kv in self.kv_cache]
             self.rows, self.P = [], len(prefix)

@@ -346,7 +346,7 @@ def bench_judge(args, data):
 
 
 def bench_decode(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_decode.py')], check=True)
+    subprocess.run([sys.executable, Path(__file__).with_name('bench_decode.py'), *args.decoded], check=True)
 
 
 def bench_export(args, data):
@@ -496,6 +496,7 @@ def main():
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in NOT_QUICK)
+    args.decoded = [args.size] if args.size else ['small', 'medium']
     args.served = args.size or ('tiny' if args.quick else 'small')
     args.size = args.size or ('tiny' if args.quick else 'medium')
     data = read_data(args.data)
