@@ -18,14 +18,16 @@ from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 from config import UserError, configure, write_json, write_safetensors
 from judge import judge_lines, metrics_lines
 from lora import load_adapter, save_peft
 from model import GPT, RELEASED, transpose_conv1d
-from prepare import END, EOS, HEAD, TAIL, detokenize, encode_prompt, read_split, vocabulary_files
-from sample import newest, open_exported, reference_losses
+from prepare import END, EOS, HEAD, IGNORE, TAIL, detokenize, encode_prompt, read_split, vocabulary_files
+from sample import newest, reference_losses
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run: its newest <model>-sft.pth; for peft its adapter.safetensors
@@ -202,6 +204,107 @@ FORMATS = {  # writer, the packages that it needs
     'gguf': (write_gguf, ['tokenizers', 'gguf']),
     'onnx': (write_onnx, ['tokenizers', 'onnx', 'onnxscript'] + ['onnxruntime'] * (onnx_type == 'int8')),
     'torchscript': (write_torchscript, [])}
+
+# --- readers: the programs that others run the formats with
+
+class Exported:
+    """An exported model, used like a GPT. step(ids, past) -> (logits (T, vocab), past)."""
+
+    def __init__(self, program, step, config):
+        self.program, self.step, self.config = program, step, config
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, eos=EOS):
+        """GPT.generate: greedy, one prompt at a time."""
+        answers = []
+        for prompt in prompts:
+            ids, past, new = [], None, prompt
+            while len(ids) < min(max_new_tokens, self.config.block_size - len(prompt)) and new != [eos]:
+                logits, past = self.step(new, past)
+                new = [logits[-1].argmax().item()]
+                ids += new
+            answers.append(ids[:-1] if new == [eos] else ids)
+        return answers
+
+    def logits(self, ids, more):
+        """-> logits (T, vocab) of ids, and then of more, upon the past that ids left."""
+        first, past = self.step(ids, None)
+        return torch.cat((first, self.step(more, past)[0]))
+
+    def __call__(self, idx, targets, positions, loss_reduction):
+        """GPT.forward with loss_reduction='none'."""
+        losses = []
+        for ids, its_targets in zip(idx, targets):
+            logits, supervised = self.step(ids.tolist(), None)[0], its_targets != IGNORE
+            losses.append(F.cross_entropy(logits[supervised], its_targets[supervised], reduction='none'))
+        return None, torch.cat(losses)
+
+def open_exported(name, folder, config, base, cache_dir):
+    """-> the models in a folder of export.py: two of torchscript, else one; of peft upon the model `base`."""
+    try:
+        steps = read_peft(folder, base, cache_dir) if name == 'peft' else READERS[name](folder)
+    except ImportError as error:
+        package = {'llama_cpp': 'llama-cpp-python'}.get(error.name, error.name or error)
+        raise UserError(f'{name} needs a package: pip install {package}') from error
+    return [Exported(program, step, config) for program, step in steps]
+
+def transformers_step(net):
+    def step(ids, past):
+        out = net(input_ids=torch.tensor([ids]), past_key_values=past, use_cache=True)
+        return out.logits[0], out.past_key_values
+    return step
+
+def read_huggingface(folder):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    return [('transformers', transformers_step(AutoModelForCausalLM.from_pretrained(folder)))]
+
+def read_peft(folder, base, cache_dir):
+    from peft import PeftModel
+    from transformers import GPT2Config, GPT2LMHeadModel
+    base = GPT.from_pretrained(base, cache_dir)
+    c, state = base.config, {name: transpose_conv1d(name, p) for name, p in base.state_dict().items()}
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
+                                     n_layer=c.n_layer, n_head=c.n_head))
+    net.transformer.load_state_dict(state)
+    return [('peft', transformers_step(PeftModel.from_pretrained(net, folder).eval()))]
+
+def read_gguf(folder):
+    from llama_cpp import GGML_TYPE_F32, Llama
+    # keys and values in fp32, too; llama.cpp's default is fp16
+    llama = Llama(str(newest(folder.glob('*.gguf'))), n_ctx=0, logits_all=True, verbose=False,
+                  n_threads=torch.get_num_threads(), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+
+    def step(ids, past):
+        llama.n_tokens = past or 0
+        llama.eval(ids)
+        return torch.tensor(llama.scores[llama.n_tokens - len(ids):llama.n_tokens]), llama.n_tokens
+    return [('llama.cpp', step)]
+
+def read_onnx(folder):
+    from onnxruntime import InferenceSession
+    session = InferenceSession(newest(folder.glob('*.onnx')))
+    names, (_, H, _, D) = [one.name for one in session.get_inputs()], session.get_inputs()[-1].shape
+
+    def step(ids, past):
+        past = past or [np.zeros((1, H, 0, D), np.float32)] * len(names[3:])
+        P, end = past[0].shape[2], past[0].shape[2] + len(ids)
+        inputs = [np.array([ids]), np.ones((1, end), int), np.arange(P, end)[None], *past]
+        logits, *past = session.run(None, dict(zip(names, inputs)))
+        return torch.from_numpy(logits[0]), past
+    return [('onnxruntime', step)]
+
+def read_torchscript(folder):
+    def step(program, ids, past):
+        seen = (past or []) + ids
+        return program(torch.tensor([seen]))[0, -len(ids):], seen
+    [script], [program] = folder.glob('*.pt'), folder.glob('*.pt2')
+    return [('torch.jit', functools.partial(step, torch.jit.load(script))),
+            ('torch.export', functools.partial(step, torch.export.load(program).module()))]
+
+READERS = {'huggingface': read_huggingface, 'peft': read_peft, 'gguf': read_gguf, 'onnx': read_onnx,
+           'torchscript': read_torchscript}
 
 # --- verification
 

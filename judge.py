@@ -241,7 +241,6 @@ def judge_all(server, contests):
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP statuses after which the same request may succeed
 TRIES = 3  # times an answer is asked for until it is valid
 PATIENCE = 3  # unanswered questions in a row, for each worker, after which a server counts as gone
-FORMS = 'json_schema', 'json_object', 'none'  # of a schema in a request; none: the prompt alone asks for JSON
 
 class Fault(Exception):
     """Why a request failed. status: HTTP's, 0 without a reply, 200 if the reply began well and broke off."""
@@ -270,49 +269,41 @@ class Server:
     """kind: 'ollama' or 'openai'. timeout: seconds to wait for a reply. backoff: see judge_backoff."""
     def __init__(self, kind, model, url='', timeout=300.0, backoff=1.0, workers=1):
         logging.getLogger('urllib3').setLevel(logging.ERROR)  # no line for every attempt
-        self.kind, self.model, self.workers = kind, model, workers
-        self.timeout, self.backoff = timeout, backoff
+        self.kind, self.model, self.workers, self.timeout = kind, model, workers, timeout
         self.url = server_address(kind, url)
+        self.path = '/api/chat' if kind == 'ollama' else '/v1/chat/completions'
         self.key = os.environ.get('OPENAI_API_KEY', '').strip() if kind == 'openai' else ''
-        self.version, self.digest, self.form = '', '', FORMS[0]
+        self.version, self.digest, self.takes_schema = '', '', True
         self.unanswered = 0  # questions in a row
-        self.session = self.open_session(RETRIED)
-
-    def open_session(self, statuses, attempts=4):
-        """-> a session that repeats a request after a time-out, a lost connection or one of the statuses."""
-        retry = urllib3.Retry(attempts - 1, allowed_methods=None, status_forcelist=statuses,
-                              raise_on_status=False, backoff_factor=self.backoff, retry_after_max=120)
-        session = requests.Session()
-        session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=self.workers, max_retries=retry))
+        # a question is sent again after a time-out, a lost connection or one of the statuses
+        retry = urllib3.Retry(3, allowed_methods=None, status_forcelist=RETRIED, raise_on_status=False,
+                              backoff_factor=backoff, retry_after_max=120)
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=workers, max_retries=retry)
+        session = self.session = requests.Session()
+        session.mount(self.url + self.path, adapter)
         # a proxy in the environment is not for this machine
         session.trust_env = urllib3.util.parse_url(self.url).host not in ('127.0.0.1', 'localhost', '[::1]')
         if self.key:
             session.headers['Authorization'] = f'Bearer {self.key}'
             session.auth = lambda request: request  # or a ~/.netrc would replace the header
-        return session
 
-    def call(self, path, body=None, timeout=0.0, session=None):
+    def call(self, path, body=None, timeout=0.0):
         """GET path, or POST body to it -> the reply's JSON object. timeout: seconds. Raises Fault."""
-        session, timeout = session or self.session, timeout or self.timeout
-        method = 'POST' if body else 'GET'
         try:
-            reply = session.request(method, self.url + path, json=body, timeout=(10, timeout))
+            reply = self.session.request('POST' if body else 'GET', self.url + path, json=body,
+                                         timeout=(10, timeout or self.timeout))
         except requests.RequestException as error:
             # urllib3's MaxRetryError, inside requests' own error, has the fault of the last attempt
             reason = getattr(error.args[0], 'reason', error) if error.args else error
-            if isinstance(reason, (requests.Timeout, urllib3.exceptions.ReadTimeoutError)):
-                raise Fault(f'no answer within {timeout:g} s', 0) from error
             broke_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
-            raise Fault(f'the connection failed ({type(error).__name__})', 200 if broke_off else 0) from error
+            raise Fault(f'the connection failed: {reason}', 200 if broke_off else 0) from error
         try:
             data = reply.json()
         except ValueError:  # the lines of a stream, or a proxy's page
-            data = reply.text
+            data = None
         if reply.status_code == 200 and isinstance(data, dict) and not data.get('error'):
             return data
-        error = data.get('error', data) if isinstance(data, dict) else data
-        error = error.get('message', error) if isinstance(error, dict) else error
-        text = ' '.join(str(error).split())
+        text = ' '.join(reply.text.split())
         text = text.replace(self.key, '[key]') if self.key else text  # which a server may repeat
         raise Fault(f'HTTP {reply.status_code}: {text[:200]}', reply.status_code)
 
@@ -320,14 +311,13 @@ class Server:
         """Get the server's version and the model's digest. UserError says what to type if one is missing."""
         is_ollama = self.kind == 'ollama'
         advice = 'type: ollama serve' if is_ollama else 'start it, set --judge_url or its OPENAI_API_KEY'
-        once = self.open_session(set(), attempts=1)
         try:
             if is_ollama:
-                self.version = str(self.call('/api/version', session=once).get('version', ''))
+                self.version = str(self.call('/api/version').get('version', ''))
                 digests = {m['name']: m['digest'] for m in self.call('/api/tags')['models']}
             else:  # no digest here: what is listed of a model's weights stands in for it
                 digests = {m['id']: sha256_of({key: m.get(key) for key in ('root', 'meta', 'owned_by')})
-                           for m in self.call('/v1/models', session=once)['data']}
+                           for m in self.call('/v1/models')['data']}
         except Fault as fault:
             if not is_ollama and fault.status not in (0, 401, 403):
                 return  # a server need not list its models
@@ -342,18 +332,17 @@ class Server:
         self.digest = digests[name]
 
     def load(self, body):
-        """Load the model, within 600 s at least, and find the form of the schema. body: a request to come."""
-        probe = self.open_session(RETRIED - {500})  # since some servers refuse a form with a 500
+        """Load the model, within 600 s at least, and see if it takes the schema. body: a request to come."""
         # Ollama loads a model for no messages; in the context of the questions, or it would load it again
         body = body | ({'messages': []} if self.kind == 'ollama' else {'max_tokens': 8})
-        for form in FORMS if 'response_format' in body else ['none']:
-            self.form = form
-            try:
-                self.chat(body, max(600, self.timeout), self.session if form == 'none' else probe)
-                return
-            except Fault as fault:
-                if form == 'none' or fault.status not in (200, 400, 415, 422, 500, 501):  # refusals of a form
-                    raise UserError(f'{self.model} at {self.url} does not answer: {fault}') from fault
+        try:
+            self.chat(body, max(600, self.timeout))
+        except Fault as fault:
+            is_refusal = fault.status in (200, 400, 415, 422, 500, 501)
+            if not (is_refusal and self.takes_schema and 'response_format' in body):
+                raise UserError(f'{self.model} at {self.url} does not answer: {fault}') from fault
+            self.takes_schema = False  # so the prompt alone asks for JSON
+            self.load(body)
 
     def body(self, prompt, schema, seed, temperature=0.0, context=4096, limit=64):
         """-> a request for an answer of `limit` tokens at most. All options are pinned: defaults change."""
@@ -364,22 +353,18 @@ class Server:
                 'min_p': 0.0, 'repeat_penalty': 1.0, 'num_ctx': context, 'num_predict': limit}}
         else:
             body |= {'temperature': temperature, 'top_p': 1.0, 'seed': seed, 'max_tokens': limit}
-        if schema:
-            body['format' if self.kind == 'ollama' else 'response_format'] = schema
+        if schema and self.kind == 'ollama':
+            body['format'] = schema
+        elif schema:
+            named = {'name': 'answer', 'schema': schema}
+            body['response_format'] = {'type': 'json_schema', 'json_schema': named}
         return body
 
-    def chat(self, body, timeout=0.0, session=None):
+    def chat(self, body, timeout=0.0):
         """-> (the answer's text, whether it ended before its limit of tokens). Raises Fault."""
-        path = '/api/chat'
-        if self.kind == 'openai':
-            path, body = '/v1/chat/completions', dict(body)
-            schema = body.pop('response_format', None)
-            if schema and self.form == 'json_schema':
-                named = {'name': 'answer', 'schema': schema}
-                body['response_format'] = {'type': 'json_schema', 'json_schema': named}
-            elif schema and self.form == 'json_object':
-                body['response_format'] = {'type': 'json_object', 'schema': schema}
-        reply = self.call(path, body, timeout, session)
+        if not self.takes_schema:
+            body = {key: value for key, value in body.items() if key != 'response_format'}
+        reply = self.call(self.path, body, timeout)
         try:
             reply = reply['choices'][0] if self.kind == 'openai' else reply
             reason = reply.get('done_reason', reply.get('finish_reason'))
@@ -664,11 +649,8 @@ if __name__ == '__main__':
     others = judge_temperature, calibrate, seed, judge_backoff
     if min(judge_seeds, judge_workers, judge_timeout) <= 0 or min(others) < 0:
         raise UserError('judge_seeds, judge_workers and judge_timeout are above 0, other numbers not below')
-    try:
-        for package in ('scipy.stats', 'sacrebleu', 'rouge_score.rouge_scorer'):  # before any long work
-            __import__(package)
-    except ImportError as error:
-        raise UserError(f'scores need {error.name}: pip install sacrebleu rouge-score scipy') from error
+    for package in ('scipy.stats', 'sacrebleu', 'rouge_score.rouge_scorer'):  # before any long work
+        __import__(package)
 
     # read the predictions of the run, and of the baseline if there is one
     path = Path(predictions or Path(out_dir, 'instruction-data-with-response.json'))

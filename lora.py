@@ -108,10 +108,7 @@ def merged_state_dict(model):
 
 def save_adapter(model, path, about, write=True):
     """Write A and B as safetensors, what they fit in its metadata. Every process gathers, one writes."""
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise UserError('adapter.safetensors needs a package: pip install safetensors') from error
+    from safetensors.torch import save
     adapters = [(name, p) for name, p in model.named_parameters() if name.endswith(('.A', '.B'))]
     state = {name: gather(p).contiguous() for name, p in adapters}
     metadata = {key: json.dumps(value) for key, value in (about | {'lora': model.lora}).items()}

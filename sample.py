@@ -6,11 +6,9 @@ Huang et al. 2022).
     python sample.py config/sft_medium.py
     python sample.py config/sft_medium.py --prompt="Rewrite in passive voice." --input="The cat ate the fish."
     python sample.py config/sft_medium.py --interactive=True
-    python sample.py config/sft_medium.py --exported=gguf
     python sample.py config/sft_medium.py --self_consistency=8 --prompts=unlabelled.json
     torchrun --nproc_per_node=2 sample.py config/sft_medium.py
 """
-import functools
 import hashlib
 import itertools
 import json
@@ -20,16 +18,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError, configure, init_device, read_jsonl, read_rows, write_json
 from lora import for_inference, init_for_copying, load_adapter
-from model import GPT, GPTConfig, transpose_conv1d
-from prepare import EOS, IGNORE, detokenize, encode_prompt, make_batch, read_split
+from model import GPT, GPTConfig
+from prepare import IGNORE, detokenize, encode_prompt, make_batch, read_split
 
 # -----------------------------------------------------------------------------
 # model
@@ -38,17 +34,12 @@ init_from = 'gpt2-medium'  # what it came from answers too; another model than t
 adapter = ''  # an adapter.safetensors to put on init_from
 weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
 cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
-n_layer = 12  # of init_from='scratch' where out_dir has no run
-n_head = 12  # of init_from='scratch' where out_dir has no run
-n_embd = 768  # of init_from='scratch' where out_dir has no run
-block_size = 1024  # of init_from='scratch' where out_dir has no run
 # what is answered
 dataset = 'instruction-data'  # its test split
 before = True  # let the model before fine-tuning answer the test split too
 prompt = ''  # one instruction instead
 input = ''  # and its input
 interactive = False  # talk with the terminal instead
-exported = ''  # a format that export.py wrote, like 'gguf': the program that reads it answers instead
 self_consistency = 0  # answers sampled to each row of `prompts`; what most of them say becomes its output
 prompts = ''  # a file of rows, as prepare.py reads them; where they have an output, it checks the label
 min_agreement = 0.5  # rows with a smaller share of answers for their label are left out
@@ -68,11 +59,6 @@ PREDICTIONS, BEFORE = 'instruction-data-with-response', 'instruction-data-with-r
 LABELS = 'pseudo-labels'
 out = Path(out_dir)
 HEADER_WORDS = '### Response:'  # which some models say again
-if __name__ == '__main__':
-    device, compute_dtype, rank, world_size = init_device(device, dtype)
-else:  # export.py and serve.py import this file
-    device, compute_dtype, rank, world_size = torch.device('cpu'), torch.float32, 0, 1
-place, autocast = for_inference(device, compute_dtype)
 
 # --- load: the run's model, or the one that init_from names
 
@@ -82,122 +68,22 @@ def newest(paths):
 def find_run(out_dir, init_from):
     """-> the .json of the newest run in out_dir, or None if there is none or another model is asked for."""
     run = newest(Path(out_dir).glob('*-sft.json'))
+    if not run and init_from == 'scratch':
+        raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
     if not run:
         return None
     origin = json.loads(run.read_text(encoding='utf-8'))['init_from']
     return run if init_from in ('gpt2-medium', 'resume', origin) else None
 
-def load_before(init_from, shape, config, cache_dir, weights):
-    """-> the model that training starts from; if that is 'scratch', made again from its shape and config."""
-    if init_from == 'scratch':
-        torch.manual_seed(config['seed'])
-        model = GPT(GPTConfig(**shape))
-        if config.get('init') == 'copying':
-            init_for_copying(model)
-        return model
-    return GPT.from_pretrained(init_from, cache_dir=cache_dir, weights=weights)
-
-# --- what export.py wrote, in the programs that read it
-
-class Exported:
-    """An exported model with what this file needs of a GPT. step(ids, past) -> (logits (T, vocab), past)."""
-
-    def __init__(self, program, step, config):
-        self.program, self.step, self.config = program, step, config
-
-    @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, *_, eos=EOS, on_done=lambda i, ids: None, samples=1):
-        """GPT.generate: greedy, one prompt at a time."""
-        answers = []
-        for i, prompt in enumerate(prompts):
-            ids, past, new = [], None, prompt
-            while len(ids) < min(max_new_tokens, self.config.block_size - len(prompt)) and new != [eos]:
-                logits, past = self.step(new, past)
-                new = [logits[-1].argmax().item()]
-                ids += new
-            answers.append(ids[:-1] if new == [eos] else ids)
-            on_done(i, answers[-1])
-        return answers
-
-    def logits(self, ids, more):
-        """-> logits (T, vocab) of ids, and then of more, upon the past that ids left."""
-        first, past = self.step(ids, None)
-        return torch.cat((first, self.step(more, past)[0]))
-
-    def __call__(self, idx, targets, positions, loss_reduction):
-        """GPT.forward with loss_reduction='none'."""
-        losses = []
-        for ids, its_targets in zip(idx, targets):
-            logits, supervised = self.step(ids.tolist(), None)[0], its_targets != IGNORE
-            losses.append(F.cross_entropy(logits[supervised], its_targets[supervised], reduction='none'))
-        return None, torch.cat(losses)
-
-def open_exported(name, folder, config, base, cache_dir):
-    """-> the models in a folder of export.py: two of torchscript, else one; of peft upon the model `base`."""
-    try:
-        steps = read_peft(folder, base, cache_dir) if name == 'peft' else READERS[name](folder)
-    except ImportError as error:
-        package = {'llama_cpp': 'llama-cpp-python'}.get(error.name, error.name or error)
-        raise UserError(f'{name} needs a package: pip install {package}') from error
-    return [Exported(program, step, config) for program, step in steps]
-
-def transformers_step(net):
-    def step(ids, past):
-        out = net(input_ids=torch.tensor([ids]), past_key_values=past, use_cache=True)
-        return out.logits[0], out.past_key_values
-    return step
-
-def read_huggingface(folder):
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
-    return [('transformers', transformers_step(AutoModelForCausalLM.from_pretrained(folder)))]
-
-def read_peft(folder, base, cache_dir):
-    from peft import PeftModel
-    from transformers import GPT2Config, GPT2LMHeadModel
-    base = GPT.from_pretrained(base, cache_dir)
-    c, state = base.config, {name: transpose_conv1d(name, p) for name, p in base.state_dict().items()}
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
-                                     n_layer=c.n_layer, n_head=c.n_head))
-    net.transformer.load_state_dict(state)
-    return [('peft', transformers_step(PeftModel.from_pretrained(net, folder).eval()))]
-
-def read_gguf(folder):
-    from llama_cpp import GGML_TYPE_F32, Llama
-    # keys and values in fp32, too; llama.cpp's default is fp16
-    llama = Llama(str(newest(folder.glob('*.gguf'))), n_ctx=0, logits_all=True, verbose=False,
-                  n_threads=torch.get_num_threads(), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
-
-    def step(ids, past):
-        llama.n_tokens = past or 0
-        llama.eval(ids)
-        return torch.tensor(llama.scores[llama.n_tokens - len(ids):llama.n_tokens]), llama.n_tokens
-    return [('llama.cpp', step)]
-
-def read_onnx(folder):
-    from onnxruntime import InferenceSession
-    session = InferenceSession(newest(folder.glob('*.onnx')))
-    names, (_, H, _, D) = [one.name for one in session.get_inputs()], session.get_inputs()[-1].shape
-
-    def step(ids, past):
-        past = past or [np.zeros((1, H, 0, D), np.float32)] * len(names[3:])
-        P, end = past[0].shape[2], past[0].shape[2] + len(ids)
-        inputs = [np.array([ids]), np.ones((1, end), int), np.arange(P, end)[None], *past]
-        logits, *past = session.run(None, dict(zip(names, inputs)))
-        return torch.from_numpy(logits[0]), past
-    return [('onnxruntime', step)]
-
-def read_torchscript(folder):
-    def step(program, ids, past):
-        seen = (past or []) + ids
-        return program(torch.tensor([seen]))[0, -len(ids):], seen
-    [script], [program] = folder.glob('*.pt'), folder.glob('*.pt2')
-    return [('torch.jit', functools.partial(step, torch.jit.load(script))),
-            ('torch.export', functools.partial(step, torch.export.load(program).module()))]
-
-READERS = {'huggingface': read_huggingface, 'peft': read_peft, 'gguf': read_gguf, 'onnx': read_onnx,
-           'torchscript': read_torchscript}
+def load_before(made, cache_dir, weights):
+    """-> the model that a run started from; if that is 'scratch', made again from its shape and config."""
+    if made['init_from'] != 'scratch':
+        return GPT.from_pretrained(made['init_from'], cache_dir, weights)
+    torch.manual_seed(made['config']['seed'])
+    model = GPT(GPTConfig(**made['model']))
+    if made['config'].get('init') == 'copying':
+        init_for_copying(model)
+    return model
 
 # --- answer
 
@@ -222,37 +108,19 @@ def print_answer(model, instruction, input):
     answer(model, [row], lambda i, result: print(result['model_response']))
 
 @torch.inference_mode()
-def reference_losses(model, data, numbers):
+def reference_losses(model, data, numbers, device='cpu'):
     """-> per row number {'reference_loss': nats per token of the reference answer, 'reference_tokens'}."""
     results = {}
     for i in range(0, len(numbers), 8):
         batch = make_batch(data, numbers[i:i + 8], packing=False)
         ids, targets, positions = (torch.from_numpy(array).to(device) for array in batch[:3])
-        with autocast:
-            losses = model(ids, targets, positions, loss_reduction='none')[1]
+        losses = model(ids, targets, positions, loss_reduction='none')[1]
         counts = (targets != IGNORE).sum(1).tolist()
         for number, loss in zip(numbers[i:i + 8], losses.split(counts)):
             results[number] = {'reference_loss': loss.mean().item(), 'reference_tokens': len(loss)}
     return results
 
 # --- write
-
-def read_parts(paths, key):
-    """-> {number: result} of the answers that an interrupted run with the same settings has written."""
-    done = {}
-    for path in paths:
-        for result in read_jsonl(path):
-            if result.pop('key') == key:
-                done[result.pop('row')] = result
-    return done
-
-def gather(mine):
-    """-> a dict with the items of every process's dict."""
-    everyones = [mine]
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, mine)
-    return {key: value for one in everyones for key, value in one.items()}
 
 def answer_all(model, rows, name, about, samples=1):
     """Answer rows, shared among the processes -> {i: result of the i-th answer}, `samples` of each row, one
@@ -261,7 +129,8 @@ def answer_all(model, rows, name, about, samples=1):
     settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
     text = json.dumps([about, vars(model.config), settings, rows, samples])
     key = hashlib.sha256(text.encode()).hexdigest()
-    results = read_parts(sorted(out.glob(f'{name}.part*')), key)
+    written = [one for part in sorted(out.glob(f'{name}.part*')) for one in read_jsonl(part)]
+    results = {one.pop('row'): one for one in written if one.pop('key') == key}
     if results and rank == 0:
         print(f'{len(results)} of {len(rows) * samples} answers are there already')
     if world_size > 1:
@@ -281,7 +150,11 @@ def answer_all(model, rows, name, about, samples=1):
 
         answer(model, [rows[i] for i in todo], on_done, samples)
     bar.close()
-    return gather(results)
+    everyones = [results]
+    if world_size > 1:
+        everyones = [None] * world_size
+        dist.all_gather_object(everyones, results)
+    return {i: result for one in everyones for i, result in one.items()}
 
 def write_answers(name, rows, about, **more):
     """out_dir/<name>.json, and its provenance in <name>.about.json; the part files are no longer needed."""
@@ -295,8 +168,9 @@ def predict(model, name, about):
     data = read_split(dataset, 'test')
     rows = data[1]['rows']
     results = answer_all(model, rows, name, about)
-    losses = gather(reference_losses(model, data, list(range(len(rows)))[rank::world_size]))
     if rank == 0:
+        with autocast:
+            losses = reference_losses(model, data, list(range(len(rows))), device)
         rows = [row | results[i] | losses[i] for i, row in enumerate(rows)]
         write_answers(name, rows, about)
         stopped = sum(not row['truncated'] for row in rows)
@@ -334,7 +208,6 @@ def reliability(rows):
             share = binomtest(right, len(inside)).proportion_ci(method='wilson')
             table.append({
                 'from': low, 'to': min(high, 1), 'rows': len(inside),
-                'agreement': sum(row['agreement'] for row in inside) / len(inside),
                 'right': {'value': right / len(inside), 'low': float(share.low), 'high': float(share.high)}})
     return table
 
@@ -391,32 +264,23 @@ def talk(model):
 if __name__ == '__main__':
     if max_new_tokens < 1 or min(temperature, top_k, self_consistency, min_agreement) < 0:
         raise UserError('max_new_tokens starts at 1, temperature, top_k and self_consistency at 0')
-    if bool(prompts) != bool(self_consistency) or prompts and exported:
-        raise UserError('labels need both, --self_consistency=8 and --prompts=rows.json, and no --exported')
+    if bool(prompts) != bool(self_consistency):
+        raise UserError('labels need both, --self_consistency=8 and --prompts=rows.json')
     if self_consistency and not temperature:
         temperature = config['temperature'] = 0.7  # greedy answers would all agree
+    device, compute_dtype, rank, world_size = init_device(device, dtype)
+    place, autocast = for_inference(device, compute_dtype)
     run = None if adapter else find_run(out_dir, init_from)
     made = json.loads(run.read_text(encoding='utf-8')) if run else {}
-    name = PREDICTIONS if run else BEFORE
-    if exported:
-        if not run or temperature:
-            raise UserError(f'exported={exported!r} needs a run in {out_dir}, and temperature=0')
-        about, name = f'{out}/export/{exported}', f'{PREDICTIONS}-{exported}'
-        if exported not in READERS or not Path(about).exists():
-            raise UserError(f'there is no {about}: python export.py, with --to of {", ".join(READERS)}')
-        device, shape = torch.device('cpu'), GPTConfig(**made['model'])
-        model = open_exported(exported, Path(about), shape, made['init_from'], cache_dir)[0]
-    elif run:
+    if run:
         model = GPT.from_pretrained(run.with_suffix('.pth'))
         about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'
     else:
-        shape = {'block_size': block_size, 'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd}
-        model = load_before(init_from, shape, config, cache_dir, weights)
+        model = GPT.from_pretrained(init_from, cache_dir, weights)
         if adapter:
             load_adapter(model, adapter)
         about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
-    if not exported:
-        place(model)
+    place(model)
     if rank == 0:
         print(f'\nloaded {about}: {model.config.name} on {device}')
 
@@ -431,8 +295,8 @@ if __name__ == '__main__':
         label(model, about)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        predict(model, name, about)
-        if run and before and not exported:
+        predict(model, PREDICTIONS if run else BEFORE, about)
+        if run and before:
             del model
-            model = load_before(made['init_from'], made['model'], made['config'], cache_dir, weights)
+            model = load_before(made, cache_dir, weights)
             predict(place(model), BEFORE, f'{made["init_from"]} (before fine-tuning)')

@@ -28,6 +28,9 @@ class UserError(Exception):
 
 def print_in_one_line(kind, error, traceback):
     """sys.excepthook: an error whose class has an exit_code prints one line, any other its traceback."""
+    if kind is ModuleNotFoundError:
+        package = error.name.partition('.')[0]
+        kind, error = UserError, f'{error}: pip install {package} (its version: requirements*.txt)'
     exit_code = 130 if kind is KeyboardInterrupt else getattr(kind, 'exit_code', None)
     if exit_code is None:
         return sys.__excepthook__(kind, error, traceback)
@@ -158,10 +161,7 @@ def read_values(path):
     """Yields the values of a JSON list, JSONL or Parquet; a ValueError where a line is not JSON."""
     path = str(path)
     if path.endswith('.parquet'):
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise UserError(f'{path} needs a package: pip install pyarrow') from error
+        from pyarrow import parquet
         for batch in parquet.ParquetFile(path).iter_batches(8192):
             yield from batch.to_pylist()
         return

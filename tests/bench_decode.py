@@ -24,9 +24,9 @@ from bench import build, processor_flags, race, read_data, table, test_prompts  
 from bench_export import write_run  # noqa: E402
 
 from config import UserError, keep_freed_memory  # noqa: E402
+from export import open_exported  # noqa: E402
 from lora import for_inference  # noqa: E402
 from prepare import encode_prompt  # noqa: E402
-from sample import open_exported  # noqa: E402
 
 ROW = {'instruction': 'Rewrite the sentence in the passive voice.', 'input': 'The girl kicked the ball.'}
 STEPS = 32

@@ -58,9 +58,9 @@ def measure_speed(folder, name):
     import torch
 
     from config import keep_freed_memory
+    from export import open_exported
     from model import GPT
     from prepare import encode_prompt
-    from sample import open_exported
     keep_freed_memory()  # as the stages do; it helps the others, too
     torch.set_grad_enabled(False)
     model = GPT.from_pretrained(folder).eval()

@@ -198,9 +198,9 @@ def test_the_heads_of_induction(copying):
 def test_the_model_before_training_is_made_again(copying):
     """sample.py's, from the shape and the config that a run keeps."""
     from sample import load_before
-    again = load_before('scratch', vars(copying.config), {'seed': 0, 'init': 'copying'}, '', 'openai')
+    again = load_before({'init_from': 'scratch', 'model': vars(copying.config), 'config': {'seed': 0, 'init': 'copying'}}, '', 'openai')
     assert all(torch.equal(p, q) for p, q in zip(copying.parameters(), again.parameters()))
-    plain = load_before('scratch', vars(copying.config), {'seed': 0}, '', 'openai')  # the config of a run of before
+    plain = load_before({'init_from': 'scratch', 'model': vars(copying.config), 'config': {'seed': 0}}, '', 'openai')  # the config of a run of before
     assert plain.wte.weight.std().item() == pytest.approx(0.02, rel=0.01)
 
 

@@ -98,11 +98,7 @@ def test_an_untrained_checkpoint_answers(trained, tmp_path):
     text = naive(GPT.from_pretrained(trained / 'a').eval(), encode_prompt({'instruction': 'Hello'}), 3)[0].strip()
     shown = stage(tmp_path, 'sample.py', '--out_dir=none', f'--init_from={trained / "a"}', '--prompt=Hello', '--max_new_tokens=3')
     assert shown.stdout.endswith(f'{text}\n')
-    torch.manual_seed(5)
-    text = naive(GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)).eval(), encode_prompt({'instruction': 'Hello'}), 3)[0]
-    shown = stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32',
-                  '--block_size=128', '--seed=5', '--prompt=Hello', '--max_new_tokens=3')
-    assert shown.stdout.endswith(f'{text.strip()}\n')
+    assert 'none has no run' in stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=scratch', '--prompt=Hello', code=2).stderr
     stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=absent', '--prompt=Hello', code=2)
     stage(tmp_path, 'sample.py', '--max_new_tokens=0', '--prompt=Hello', code=2)
     shown = stage(tmp_path, 'sample.py', f'--out_dir={trained / "a"}', f'--init_from={trained / "a" / "gpt2-2x32-sft.pth"}',
@@ -166,7 +162,6 @@ def test_an_adapter_on_its_base(trained, tmp_path):
     assert [row['model_response'] for row in merged] == [row['model_response'] for row in put_on]
     assert [row['reference_loss'] for row in merged] == pytest.approx([row['reference_loss'] for row in put_on], rel=1e-4)
     assert [row['reference_loss'] for row in merged] != pytest.approx([row['reference_loss'] for row in before], rel=1e-3)
-    stage(tmp_path, 'sample.py', *FLAGS, '--n_layer=2', '--n_head=2', '--n_embd=64', '--block_size=128', '--out_dir=d', '--adapter=b/adapter.safetensors', '--prompt=x', code=2)
 
 
 # --- labels by self-consistency

@@ -252,7 +252,7 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     (CHAT, '{', 400, 'no JSON object'),
     (CHAT, '[' * 100_001, 413, '100,000'),
     (CHAT, '[' * 50_000, 400, 'no JSON object'),
-    (CHAT, 'x' * 1_000_000, 413, '1,000,000 bytes; it may have 100,000'),
+    (CHAT, 'x' * 1_000_000, 413, '100,000 bytes'),
     (CHAT, {'messages': []}, 400, 'no instruction'),
     (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must be of the user'),
     (CHAT, {'messages': [{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'x'}]}, 400, 'no system message'),
@@ -261,7 +261,7 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'n': 1000}, 400, 'n: '),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'tools': [{'type': 'function'}]}, 400, 'tools is not supported'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'word ' * 1100}]}, 400, 'tokens; it may have'),
-    (CHAT, {'messages': [{'role': 'user', 'content': 'a' * 20_000}]}, 400, '20,000 characters'),
+    (CHAT, {'messages': [{'role': 'user', 'content': 'a' * 20_000}]}, 400, 'tokens; it may have'),
     ('/v1/completions', {'prompt': ' '}, 400, 'no instruction'),
     ('/api/chat', {'model': 'llama3', 'messages': [{'role': 'user', 'content': 'x'}]}, 404, "no model 'llama3'"),
     ('/api/generate', {'prompt': 'x', 'system': 'y'}, 400, 'no system message'),
@@ -399,10 +399,11 @@ def test_a_client_that_goes_away_frees_its_rows(url, stream):
 
 def test_the_time_limit(run_folder):
     with serving(run_folder, '--max_new_tokens=900', '--request_timeout=0.3', '--filters=') as (url, _):
-        reply = chat(url, 'Tell.', n=16, max_tokens=900, temperature=5)
-        assert reply.status_code == 504 and 'longer than 0.3 s' in reply.json()['error']['message']
+        reply = chat(url, 'Tell.', n=16, max_tokens=900, temperature=5).json()
+        assert {choice['finish_reason'] for choice in reply['choices']} == {'length'}
+        assert 0 < reply['usage']['completion_tokens'] < 16 * 800
         lines = open_stream(url, n=16, temperature=5).text
-        assert 'longer than 0.3 s' in json.loads(lines.strip().split('\n\n')[-1][6:])['error']['message']
+        assert lines.strip().endswith('[DONE]')
         wait_until(lambda: metric(url, 'active_rows') == 0)
 
 
