@@ -62,23 +62,6 @@ def fast_tokenizer():
     tokenizer.add_special_tokens([END])
     return tokenizer
 
-def save_tokenizer(folder, block_size):
-    """Write the tokenizer and the template in transformers' form."""
-    fast_tokenizer().save(str(folder / 'tokenizer.json'))
-    ends = dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), END)
-    write_json(folder / 'tokenizer_config.json', ends | {
-        'tokenizer_class': 'GPT2Tokenizer', 'padding_side': 'left', 'model_max_length': block_size,
-        'split_special_tokens': True,  # text that spells the end stays text, as in encode_prompt
-        'clean_up_tokenization_spaces': False, 'chat_template': CHAT_TEMPLATE})
-
-def gguf_tokenizer():
-    """-> the tokenizer and the template as fields of a GGUF file."""
-    bpe, normal, control = json.loads(fast_tokenizer().to_str())['model'], 1, 3
-    return {'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'chat_template': CHAT_TEMPLATE,
-            'token_list': sorted(bpe['vocab'], key=bpe['vocab'].get),
-            'token_types': [normal] * EOS + [control], 'token_merges': list(map(' '.join, bpe['merges'])),
-            'bos_token_id': EOS, 'eos_token_id': EOS, 'add_bos_token': False}
-
 def modelfile(gguf, **settings):
     """-> the text of a Modelfile, from which Ollama makes a model of the file `gguf` beside it."""
     template = HEAD + '{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}' + TAIL
@@ -100,7 +83,12 @@ def write_configs(shape, folder):
         'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5})
     write_json(folder / 'generation_config.json', ends | dict(do_sample=False, max_new_tokens=max_new_tokens))
     if ends:
-        save_tokenizer(folder, shape.block_size)
+        fast_tokenizer().save(str(folder / 'tokenizer.json'))
+        tokens = dict.fromkeys(('bos_token', 'eos_token', 'unk_token', 'pad_token'), END)
+        write_json(folder / 'tokenizer_config.json', tokens | {
+            'tokenizer_class': 'GPT2Tokenizer', 'padding_side': 'left', 'model_max_length': shape.block_size,
+            'split_special_tokens': True,  # text that spells the end stays text, as in encode_prompt
+            'clean_up_tokenization_spaces': False, 'chat_template': CHAT_TEMPLATE})
 
 def write_huggingface(model, folder):
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -130,10 +118,15 @@ def write_gguf(model, folder):
     if shape.vocab_size != EOS + 1 or gguf_type == 'Q8_0' and shape.n_embd % 32:
         raise ValueError(f"gguf takes GPT-2's {EOS + 1} ids, Q8_0 an n_embd of whole 32s; this is {shape}")
     writer = gguf.GGUFWriter(folder / file, 'gpt2')
-    for field, value in (gguf_tokenizer() | {
+    bpe, normal, control = json.loads(fast_tokenizer().to_str())['model'], 1, 3
+    for field, value in {
             'name': shape.name, 'file_type': GGUF_TYPES[gguf_type], 'block_count': shape.n_layer,
             'context_length': shape.block_size, 'embedding_length': shape.n_embd, 'head_count': shape.n_head,
-            'feed_forward_length': 4 * shape.n_embd, 'layer_norm_eps': 1e-5}).items():
+            'feed_forward_length': 4 * shape.n_embd, 'layer_norm_eps': 1e-5,
+            'tokenizer_model': 'gpt2', 'tokenizer_pre': 'gpt-2', 'chat_template': CHAT_TEMPLATE,
+            'token_list': sorted(bpe['vocab'], key=bpe['vocab'].get),
+            'token_types': [normal] * EOS + [control], 'token_merges': list(map(' '.join, bpe['merges'])),
+            'bos_token_id': EOS, 'eos_token_id': EOS, 'add_bos_token': False}.items():
         getattr(writer, f'add_{field}')(value)
     # positions and vectors stay in fp32, as llama.cpp's own converter leaves them
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)

@@ -214,7 +214,6 @@ def init_for_copying(model):
     if H != 4 or model.config.n_layer < 2 or model.config.vocab_size <= EOS:
         raise UserError("init='copying' needs n_head=4, n_layer=2 or more, and GPT-2's vocabulary")
     d, size = C // H, 0.1 * math.sqrt(2)
-    token, position, before = slice(0, 2 * d), slice(2 * d, 3 * d), slice(3 * d, C)
 
     # tokens: sums of codes, in the proportions of `shares`, scaled to std `size`
     shares = torch.tensor([1.0, 0.5, 0.35, 0.35, 0.6])
@@ -225,40 +224,34 @@ def init_for_copying(model):
              for id, text in enumerate([*texts, '<end>'])]
     codes = torch.randn(len(number), 2 * d)
     for share, its_parts in zip(shares, torch.tensor(parts).T):
-        wte[:EOS + 1, token] += share * codes[its_parts]
+        wte[:EOS + 1, :2 * d] += share * codes[its_parts]
 
     # positions: pairs of a sine and a cosine, most frequencies at random, so that no two places are alike
     frequency = torch.cat((torch.rand(d // 2 - 4) * math.pi, torch.tensor([0.03, 0.07, 0.15, 0.3])))
     angle = torch.arange(model.config.block_size)[:, None] * frequency
-    model.wpe.weight.zero_()
     pairs = torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)
-    model.wpe.weight[:, position] = size * math.sqrt(2) * pairs
+    model.wpe.weight.zero_()[:, 2 * d:3 * d] = size * math.sqrt(2) * pairs
 
-    # each head reads one half of a token's channels and writes it there again
-    one, match = torch.eye(d), 1.4 * torch.eye(d)
-    halves = torch.split(torch.arange(2 * d), d)
-    for block in model.h:
-        v, o = block.attn.c_attn.weight[2 * C:], block.attn.c_proj.weight.normal_(std=0.02)
+    # the C channels are four blocks of d: two halves of a token, its position, the token before. Each head
+    # reads one half of a token and writes it there again
+    q, k, v, position, before, one = 0, 1, 2, 2, 3, torch.eye(d)
+    reads = [block.attn.c_attn.weight.view(3, H, d, 4, d) for block in model.h]  # q, k, v; head; from a block
+    writes = [block.attn.c_proj.weight.normal_(std=0.02).view(4, d, H, d) for block in model.h]  # to a block
+    for read, write in zip(reads, writes):
         for head in range(H):
-            rows = slice(head * d, (head + 1) * d)
-            v[rows, halves[head % 2]] += one
-            o[halves[head % 2], rows] += one
+            read[v, head, :, head % 2] += one
+            write[head % 2, :, head] += one
 
     # first layer, first head: the query is turned by a step, so that it meets the key of the place before
-    qkv, o = model.h[0].attn.c_attn.weight, model.h[0].attn.c_proj.weight
     turn = torch.block_diag(*(torch.tensor([[f.cos(), -f.sin()], [f.sin(), f.cos()]]) for f in frequency))
-    for rows in qkv[:d], qkv[C:C + d], qkv[2 * C:2 * C + d]:
-        rows.zero_()
-    qkv[:d, position], qkv[C:C + d, position], qkv[2 * C:2 * C + d, halves[0]] = 1.4 * turn, match, one
-    o[:, :d] = 0
-    o[before, :d] = one
+    read, write = reads[0][:, 0], writes[0][:, :, 0]
+    read.zero_(), write.zero_()
+    read[q, :, position], read[k, :, position], read[v, :, 0], write[before] = 1.4 * turn, 1.4 * one, one, one
 
     # second layer, first two heads: the present token is looked for among those before
-    qkv = model.h[1].attn.c_attn.weight
-    for head in range(2):
-        rows = slice(head * d, (head + 1) * d)
-        qkv[rows] = qkv[C:][rows] = 0
-        qkv[rows, halves[0]], qkv[C:][rows, before] = match, match
+    read = reads[1][:, :2]
+    read[[q, k]] = 0
+    read[q, :, :, 0] = read[k, :, :, before] = 1.4 * one
 
 def train_met_tokens(model, ids, shard=False):
     """

@@ -163,9 +163,6 @@ elif quantize != 'none':
 model.to(device)
 if init == 'copying' and origin == 'scratch':
     train_met_tokens(model, data['train'][0], shard)
-params = [p for p in model.parameters() if p.requires_grad]
-print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
-       f'{sum(p.numel() for p in params):,} of them trained')
 
 # wrap it: `model` keeps the plain names, `net` is what a step of training calls. FSDP splits each block among
 # the processes; DDP keeps the model whole in each and averages the gradients
@@ -177,9 +174,11 @@ if shard:
     for module in (*model.h, model):
         fully_shard(module)
     register_fsdp_forward_method(model, 'generate')
-    params = [p for p in model.parameters() if p.requires_grad]  # the sharded ones
 elif world_size > 1:
     net = torch.nn.parallel.DistributedDataParallel(model)
+params = [p for p in model.parameters() if p.requires_grad]
+print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
+       f'{sum(p.numel() for p in params):,} of them trained')
 
 # optimizer: in the paper's form all parameters decay; with 'matrices' biases and norms do not
 groups = [{'params': params}]
@@ -239,11 +238,6 @@ def epoch_order(epoch):
     """-> the numbers of all examples, in the order in which this epoch takes them."""
     rng = np.random.default_rng(abs(hash((seed, epoch))))
     return rng.permutation(n_examples) if shuffle else np.arange(n_examples)
-
-def next_examples():
-    """-> the numbers of the next step's examples. The last step of an epoch may be short."""
-    epoch, place = divmod(progress['seen'], n_examples)
-    return epoch_order(epoch)[place:place + examples_per_step]
 
 def get_batch(split, numbers):
     """-> ids, targets, positions, segments (B, T) on the device; no numbers: a row without a target."""
@@ -392,10 +386,11 @@ for step in range(first_step, total_steps + 1):
     if should_end:
         break
 
-    # the examples of this step, and its learning rate. Dropout draws from the step's own seed, so that a
-    # resumed run draws the same numbers
+    # the examples of this step, fewer at the end of an epoch, and its learning rate. Dropout draws from the
+    # step's own seed, so that a resumed run draws the same numbers
     start_time = time.perf_counter()
-    numbers, lr = next_examples(), get_lr(step)
+    epoch, place = divmod(progress['seen'], n_examples)
+    numbers, lr = epoch_order(epoch)[place:place + examples_per_step], get_lr(step)
     n_supervised, n_tokens = supervised[numbers].sum().item(), lengths[numbers].sum().item()
     for group in optimizer.param_groups:
         group['lr'] = lr
