@@ -51,7 +51,7 @@ OFFSETS = 'start', 'header', 'answer', 'source_of'  # in the .json, or the .offs
 IGNORE = -100  # a target that is not supervised
 PREAMBLE = ('Below is an instruction that describes a task. '
             'Write a response that appropriately completes the request.')
-HEADER = '\n\n### Response:\n'
+HEADER, N_HEADER = '\n\n### Response:\n', 6  # and its ids; white space before it may merge into the first
 SPLITS = 'train', 'val', 'test'
 CHUNK = 1024  # rows that are encoded at a time
 MANY = 100_000  # a split of more rows has its offsets and its rows in files beside the .json
@@ -98,17 +98,6 @@ def encode_prompt(row):
 def detokenize(ids):
     return get_tokenizer().decode(ids)
 
-def header_offset(prompt, header):
-    """ids of a prompt and of HEADER -> index of the first id with a byte of HEADER."""
-    if prompt[-len(header):] == header:
-        return len(prompt) - len(header)
-    # white space before it has merged with it
-    i, size = len(prompt), 0
-    while size < len(HEADER):
-        i -= 1
-        size += len(get_tokenizer().decode_single_token_bytes(prompt[i]))
-    return i
-
 def encode_rows(rows, block_size):
     """
     -> one (ids, header, answer) per row, offsets counted from the row's start, or None for a row whose prompt
@@ -127,10 +116,10 @@ def encode_rows(rows, block_size):
     ends = [i for i, id in enumerate(ids) if id == EOS]
 
     encoded, start = [], 0
-    prefix, header = tokenizer.encode_ordinary(PREFIX), tokenizer.encode_ordinary(HEADER)
+    prefix = tokenizer.encode_ordinary(PREFIX)
     for middle, end in zip(ends[::2], ends[1::2]):
         prompt, answer = prefix + ids[start:middle], ids[middle + 1:end + 1]
-        example = (prompt + answer)[:block_size], header_offset(prompt, header), len(prompt)
+        example = (prompt + answer)[:block_size], len(prompt) - N_HEADER, len(prompt)
         encoded.append(example if len(prompt) < block_size else None)
         start = end + 1
     return encoded
@@ -284,13 +273,9 @@ def read_split(dataset, split, n_rows=None):
 
 def first_targets(meta, loss_on):
     """-> absolute offset of each row's first supervised id, for loss_on 'answer', 'response' or 'all'."""
-    if loss_on == 'answer':
-        return meta['answer']
-    elif loss_on == 'response':
-        return meta['header']
-    elif loss_on == 'all':
+    if loss_on == 'all':
         return meta['start'] + 1
-    raise UserError(f"loss_on={loss_on!r} is none of 'answer', 'response', 'all'")
+    return meta[{'answer': 'answer', 'response': 'header'}[loss_on]]
 
 def pack_examples(lengths, capacity):
     """lengths of examples -> lists of their numbers, one per row: few rows, of about equal length."""

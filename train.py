@@ -84,7 +84,8 @@ for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interva
             'n_embd'):
     if config[key] < 1:
         raise UserError(f'{key}={config[key]} must be at least 1')
-for key, names in ('schedule', 'constant cosine linear'), ('decay', 'all matrices'), ('init', 'gpt2 copying'):
+for key, names in (('loss_on', 'answer response all'), ('schedule', 'constant cosine linear'),
+                   ('decay', 'all matrices'), ('init', 'gpt2 copying')):
     if config[key] not in names.split():
         raise UserError(f'{key}={config[key]!r} is none of {names.replace(" ", ", ")}')
 

@@ -236,41 +236,41 @@ def first_exchange(messages):
                     'messages_left_out': len(talk) - 2 - has_system}
     raise ValueError('no message of the user is followed by an answer')
 
-def find_convention(row, conventions):
-    """-> the names of a row's fields: one of CHATS; or the first convention of which it has instruction and
-    output, or else one of these; or ()."""
-    chat = [key for key in CHATS if key in row]
-    fitting = [names for enough in (all, any) for names in conventions
-               if enough(name in row for name in names[::2])]
-    return chat or (fitting or [()])[0]
-
-def check_row(value, names, is_answered):
-    """A value of a file whose fields have these names -> (row, what is wrong with it)."""
+def to_row(value, conventions, needed):
+    """
+    A value of a file -> its row: instruction, input and output, and its other fields; those needed are there.
+    ValueError says what is wrong with it.
+    """
     if isinstance(value, ValueError):
-        return None, [str(value)]
+        raise value
     if not isinstance(value, dict):
-        return None, [f' is {type(value).__name__}, not an object']
-    row = value if names is CONVENTIONS[0] else {key: value[key] for key in value if key not in names}
-    try:
-        if len(names) == 1:
-            row |= first_exchange(value[names[0]])
-        elif row is not value:
-            row |= {key: value[name] for key, name in zip(CONVENTIONS[0], names) if name in value}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return None, [f': its {names[0]} are wrong: {error!r}']
-    needed = CONVENTIONS[0][::2] if is_answered else CONVENTIONS[0][:1]
-    faults = [f': {key} is missing' for key in needed if key not in row]
-    faults += [f': {key} is {row[key]!r}' for key in needed if key in row and not isinstance(row[key], str)]
-    if not faults and not row['instruction'].strip():
-        faults = [': instruction is empty']
+        raise ValueError(f'it is {type(value).__name__}, not an object')
+    row = dict(value)
+    for chat in value.keys() & CHATS:
+        try:
+            row |= first_exchange(row.pop(chat))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f'its {chat} are wrong: {error!r}') from error
+    # the convention of which it has most: instruction and output, or one of them
+    names = max(conventions, key=lambda names: len(row.keys() & names[::2]))
+    row |= {key: row.pop(name) for key, name in zip(CONVENTIONS[0], names) if name in row}
+    for key in needed:
+        if key not in row:
+            raise ValueError(f'{key} is missing; say which of {", ".join(map(str, value))} it is: '
+                             '--fields=instruction:...,output:...')
+        if not isinstance(row[key], str):
+            raise ValueError(f'{key} is {row[key]!r}')
+    if not row['instruction'].strip():
+        raise ValueError('instruction is empty')
     if not isinstance(row.get('input'), str | None):
-        faults.append(f': input is {row["input"]!r}')
-    return row, faults
+        raise ValueError(f'input is {row["input"]!r}')
+    return row
 
 def read_rows(path, fields='', is_answered=True):
-    """Yields a file's rows with instruction, input and output, whatever its convention, which its first one
-    tells. is_answered=False: they need no output. UserError names the faulty rows (20, then a count)."""
-    conventions, names, faults, hint, n = CONVENTIONS, (), [], '', 0
+    """Yields a file's rows with instruction, input and output, whatever their convention. is_answered=False:
+    they need no output. UserError names the faulty rows (20, then a count)."""
+    conventions, faults, n = CONVENTIONS, [], 0
+    needed = ('instruction', 'output') if is_answered else ('instruction',)
     if fields:
         given = dict(pair.strip().partition(':')[::2] for pair in fields.split(','))
         if not {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0]):
@@ -278,15 +278,11 @@ def read_rows(path, fields='', is_answered=True):
         conventions = [tuple(given.get(key, '') for key in CONVENTIONS[0]), *CONVENTIONS]
     try:
         for n, value in enumerate(read_values(str(path)), 1):
-            if isinstance(value, dict) and not names:
-                names = find_convention(value, conventions)
-                hint = (f' (the first has the fields {", ".join(map(str, value))}; say which of them are the '
-                        'instruction and the output: --fields=instruction:...,output:...)')
-                if not names:
-                    raise UserError(f'{path} holds no list of rows{hint}')
-            row, row_faults = check_row(value, names, is_answered)
-            faults += [fault if fault.startswith('line') else f'row {n - 1}{fault}' for fault in row_faults]
-            if not row_faults:
+            try:
+                row = to_row(value, conventions, needed)
+            except ValueError as error:
+                faults.append(f'row {n - 1}: {error}')
+            else:
                 yield row
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f'cannot read {path}: {error}') from error
@@ -296,8 +292,7 @@ def read_rows(path, fields='', is_answered=True):
         raise UserError(f'{path} holds no list of rows, but an empty one')
     if faults:
         more = f'; and {len(faults) - 20} more' if len(faults) > 20 else ''
-        is_missing = any(fault.endswith('is missing') for fault in faults)
-        raise UserError(f'{path}: {"; ".join(faults[:20])}{more}{hint if is_missing else ""}')
+        raise UserError(f'{path}: {"; ".join(faults[:20])}{more}')
 
 # --- the device, and the processes that share the work
 

@@ -111,10 +111,10 @@ def test_truncated_and_dropped(run, tmp_path):
 
 @pytest.mark.parametrize('text, said', [
     ('[{"instruction": "a", "output": "b"', 'not JSON'),
-    ('{"data": []}', 'no list of rows'),
+    ('{"data": []}', 'row 0: instruction is missing; say which of data it is: --fields='),
     ('[]', 'no list of rows'),
     ('', 'not JSON'),
-    ('[1]', 'row 0 is int'),
+    ('[1]', 'row 0: it is int'),
     ('[{"instruction": "a"}]', 'row 0: output is missing'),
     ('[{"instruction": "a", "output": 3}]', 'row 0: output is 3'),
     ('[{"instruction": "a", "output": null}]', 'row 0: output is None'),
@@ -263,8 +263,8 @@ def test_conventions_give_the_same_ids(run, tmp_path, name):
 
 
 @pytest.mark.parametrize('text, said', [
-    ('[{"q": "a", "a": "b"}]', 'the first has the fields q, a; say which of them are the instruction and the output: --fields='),
-    ('[{"question": "a", "reply": "b"}]', 'row 0: output is missing (the first has the fields question, reply'),
+    ('[{"q": "a", "a": "b"}]', 'row 0: instruction is missing; say which of q, a it is: --fields='),
+    ('[{"question": "a", "reply": "b"}]', 'row 0: output is missing; say which of question, reply it is: --fields='),
     ('[{"messages": [{"role": "user", "content": "x"}]}]', 'row 0: its messages are wrong'),
     ('[{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}]', 'row 0: output is None'),
     ('[{"conversations": [{"from": "human"}, 7]}]', 'row 0: its conversations are wrong'),

@@ -221,7 +221,7 @@ def test_rows_without_a_target_are_refused(train, tmp_path):
     (['--block_size=32'], 'prepare.py --block_size=32'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
     (['--n_head=3'], 'n_head'),
-    (['--loss_on=prompt'], "'answer', 'response', 'all'"),
+    (['--loss_on=prompt'], "loss_on='prompt' is none of answer, response, all"),
     (['--decay=none'], 'decay'),
     (['--device=tpu'], 'device'),
     (['--dtype=float8'], "'auto', 'float32', 'bfloat16', 'float16'"),
