@@ -362,6 +362,13 @@ def test_addresses(monkeypatch, kind, given, address):
     assert stage.server_address(kind, '' if kind == 'ollama' else given) == address
 
 
+def test_a_moderator_that_was_silent_is_asked_again(server):
+    moderator = stage.Server('ollama', 'llama3', server.url, backoff=0.001)
+    server.scripts['Hello'], server.scripts['bomb'] = ['DROP'] * 16 + ['{"score": 49}'], ['{"score": 50}']
+    assert [moderator.finds_harmful('Hello') for _ in range(5)] == [True] * 4 + [False]
+    assert moderator.finds_harmful('A bomb.')
+
+
 def test_an_address_that_is_none():
     with pytest.raises(UserError, match='no address'):
         stage.server_address('ollama', 'box:port')
