@@ -245,7 +245,8 @@ def init_for_copying(model):
     # first layer, first head: the query is turned by a step, so that it meets the key of the place before
     turn = torch.block_diag(*(torch.tensor([[f.cos(), -f.sin()], [f.sin(), f.cos()]]) for f in frequency))
     read, write = reads[0][:, 0], writes[0][:, :, 0]
-    read.zero_(), write.zero_()
+    read.zero_()
+    write.zero_()
     read[q, :, position], read[k, :, position], read[v, :, 0], write[before] = 1.4 * turn, 1.4 * one, one, one
 
     # second layer, first two heads: the present token is looked for among those before
