@@ -262,6 +262,16 @@ def test_conventions_give_the_same_ids(run, tmp_path, name):
         assert (f'{left_out} messages were left out' in shown) if left_out else 'messages were left out' not in shown
 
 
+def test_each_row_has_a_convention_of_its_own(run, tmp_path):
+    write_rows(tmp_path / 'plain.json', PLAIN)
+    forms = list(CONVENTIONS.values())
+    write_rows(tmp_path / 'mixed.jsonl', [forms[i % len(forms)](row) for i, row in enumerate(PLAIN)])
+    run('prepare.py', '--source=plain.json', '--dataset=plain')
+    run('prepare.py', '--source=mixed.jsonl', '--dataset=mixed', '--fields=instruction:q,input:c,output:a')
+    plain, mixed = splits_of(tmp_path, 'plain'), splits_of(tmp_path, 'mixed')
+    assert all(plain[split][0] == mixed[split][0] for split in SPLITS)
+
+
 @pytest.mark.parametrize('text, said', [
     ('[{"q": "a", "a": "b"}]', 'row 0: instruction is missing; say which of q, a it is: --fields='),
     ('[{"question": "a", "reply": "b"}]', 'row 0: output is missing; say which of question, reply it is: --fields='),
