@@ -5,7 +5,8 @@ The trained model in the forms that others use, each compared with model.py as s
     python export.py config/sft_medium.py --to=gguf,onnx --gguf_type=Q8_0 --onnx_type=int8
 
 Writes <out_dir>/export/<format>/. Where the program that reads a format is installed, it must give model.py's
-logits and greedy ids; else the exit status is 1, and the folder is kept as <format>.failed.
+logits and greedy ids; else the exit status is 1, and the folder is kept as <format>.failed. Of types
+that lose precision it prints instead what they cost on the test split.
 """
 import functools
 import json
@@ -27,11 +28,11 @@ from judge import judge_lines, metrics_lines
 from lora import load_adapter, save_peft
 from model import GPT, RELEASED, transpose_conv1d
 from prepare import END, EOS, HEAD, IGNORE, TAIL, detokenize, encode_prompt, read_split, vocabulary_files
-from sample import newest, reference_losses
+from sample import find_run, newest, reference_losses
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run: its newest <model>-sft.pth; for peft its adapter.safetensors
-init_from = 'gpt2-medium'  # given as a flag: this model instead of the run's; for peft the base
+init_from = 'gpt2-medium'  # as a flag that names another model than the run came from: that one instead
 cache_dir = ''  # where the files of GPT-2's names are kept; empty: gpt2-sft in the user's cache folder
 to = 'huggingface'  # 'huggingface', 'peft', 'gguf', 'onnx', 'torchscript'; several with commas
 shard_size = '5GB'  # of huggingface: larger weights become files of this size and an index
@@ -334,10 +335,8 @@ if __name__ == '__main__':
         raise UserError(f'to={to!r} needs packages: pip install {" ".join(missing)}')
     if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
         raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
-    # the run, unless a flag names another model
-    is_given = any(arg.startswith('--init_from=') for arg in sys.argv)
-    run = None if is_given else newest(Path(out_dir).glob('*-sft.json'))
-    if not run and not is_given:
+    run = find_run(out_dir, init_from)
+    if not run and not any(flag.startswith('--init_from=') for flag in sys.argv):
         raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
     base = json.loads(run.read_text(encoding='utf-8'))['init_from'] if run else init_from
     hub_name = f'openai-community/{base}' if base in RELEASED else base

@@ -7,7 +7,7 @@ Score the predictions that sample.py wrote: by reference metrics, and by a langu
     python judge.py --judge_style=mtbench --predictions=out/question-answers.json
 
 Writes scores.json and report.html into out_dir (scores-mtbench.json and so on in other styles). Replies are
-kept in judge.jsonl: an interrupted run resumes, a repeated one sends nothing. Exit code 1 if the judge
+kept in judge.jsonl: an interrupted run resumes, a repeated one asks no question. Exit code 1 if the judge
 failed on a row. An interval is {value, low, high, n}, 95 %.
 """
 import hashlib
@@ -103,16 +103,16 @@ NOT_INSTRUCTIONS = (
 PROMPTS = {style: f'{task} {NOT_INSTRUCTIONS}\n\n{{talk}}\n\n{ending}' for style, task, ending in [
     # without an example of a score: small models repeat it
     ('score', 'Score how well an answer carries out an instruction, from 0 (useless) to 100 (as good as the '
-     "correct answer, or better).\nOther words than the correct answer's are no fault if they say the same.",
+     "correct answer, or better). Other words than the correct answer's are no fault if they say the same.",
      'Reply with nothing but JSON, {{"score": N}}, where N is the score, an integer from 0 to 100.'),
     ('mtbench', 'Grade the last answer of a conversation, from 1 (useless) to 10 (could not be better): is '
-     'it correct, to the point, complete\nand clear? Length alone is no merit.',
+     'it correct, to the point, complete and clear? Length alone is no merit.',
      'First explain the grade in a few sentences. Then end your reply with [[N]], where N is the grade, an '
-     'integer from 1 to\n10.'),
+     'integer from 1 to 10.'),
     ('pairwise', 'Decide which of two assistants, A or B, answered better: correct, to the point, complete '
-     'and clear. Neither the order nor the\nlength is a merit.',
+     'and clear. Neither the order nor the length is a merit.',
      'First compare them in a few sentences. Then end your reply with [[A]] if A is better, [[B]] if B is '
-     'better, or [[C]] if they\nare equally good.')]}
+     'better, or [[C]] if they are equally good.')]}
 # answers of known quality, with which the judge itself is tested
 CALIBRATION = {'ceiling': 'the reference itself', 'floor': "another row's reference",
                'swaying': 'an appeal to the judge', 'empty': 'no answer at all'}
@@ -168,7 +168,7 @@ def make_questions(row, texts, rival_texts, rule_for_empty=True):
     prompt, entries = PROMPTS[judge_style], []  # entries: (prompt, fixed score)
     if judge_style == 'pairwise':
         is_empty, rival_is_empty = not ''.join(texts).strip(), not ''.join(rival_texts).strip()
-        if texts == rival_texts or is_empty or rival_is_empty:
+        if texts == rival_texts or rule_for_empty and (is_empty or rival_is_empty):
             entries.append(('', rival_is_empty - is_empty))
         else:
             for a, b in ((texts, rival_texts), (rival_texts, texts)):  # both, since judges favour a place
@@ -231,7 +231,8 @@ def judge_all(server, contests):
     questions = {group: [make_questions(*contest, rule_for_empty=group != 'empty')
                          for contest in contests[group]] for group in contests}
     to_ask = [question for rows in questions.values() for row in rows for question in row if question.prompt]
-    # a token is at least a byte, so this holds any prompt and the retries; rounded, so that it seldom changes
+    # a token is at least a byte, so this holds any prompt up to 32,768 and the retries; rounded, so that it
+    # seldom changes
     limit, schema = MAX_TOKENS[judge_style], SCHEMA if judge_style == 'score' else None
     longest = max([len(question.prompt.encode('utf-8', 'replace')) for question in to_ask], default=0)
     context = math.ceil((longest + TRIES * (limit + 100)) / 2048) * 2048
@@ -258,6 +259,8 @@ def sha256_of(value):
 
 def server_address(kind, url):
     """judge_url, or OLLAMA_HOST, which may lack a scheme or name the address Ollama binds -> the base URL."""
+    if kind not in ('ollama', 'openai'):
+        raise UserError(f"judge={kind!r} has no server: set --judge='ollama' or 'openai'")
     if kind == 'openai' and not url:
         raise UserError("judge='openai' needs the server's address, like --judge_url=http://127.0.0.1:8000")
     url = url or os.environ.get('OLLAMA_HOST', '').strip() or '127.0.0.1'
@@ -413,7 +416,8 @@ def ask_all(server, bodies, style, path):
     """-> the replies {text, tries, [fault]} to bodies, in their order. A body whose reply is in the file at
     path is not sent again, unless that was a fault; equal bodies are sent once."""
     replies = {record.pop('key'): record for record in read_jsonl(path) if 'key' in record}
-    # all that could change an answer: the request, and which model of which server it is for
+    # all that could change an answer: the request, and which model of which server it is for. Ollama's digest
+    # names the weights, wherever they are served
     url = server.url if server.kind == 'openai' else False
     keys = [sha256_of([body, server.version, server.digest, url]) for body in bodies]
     new = {key: body for key, body in zip(keys, bodies) if key not in replies or 'fault' in replies[key]}
@@ -612,9 +616,10 @@ def judge_lines(scores):
     lines, (lowest, highest), paired = [], scores['scale'], scores.get('paired')
     for side, totals in scores['summary'].items():
         rows, failed = totals['scored'] + totals['empty'] + totals['failed'], totals['failed']
+        by_rule = 'decided by rule' if scores['style'] == 'pairwise' else f'{lowest} by rule'
         lines.append(f'{side}: {format_interval(totals["score"])} on {lowest} to {highest} by '
                      f'{scores["judge"]["model"]}, over {rows - failed:,} of {rows:,} rows, '
-                     f'{totals["empty"]:,} empty ({lowest} by rule), {failed:,} failed')
+                     f'{totals["empty"]:,} empty ({by_rule}), {failed:,} failed')
         if 'spread' in totals:
             lines.append(f'{side}: {totals["spread"]:.2f} is the spread of a row between seeds')
         if 'orders_disagreed' in totals:
@@ -665,17 +670,18 @@ if __name__ == '__main__':
 
     # read the predictions of the run, and of the baseline if there is one
     path = Path(predictions or Path(out_dir, 'instruction-data-with-response.json'))
-    before = Path(baseline or path.with_name(path.stem + '-before.json'))
+    before_path = Path(baseline or path.with_name(path.stem + '-before.json'))
     rows = read_predictions(path)
-    baseline_rows = read_predictions(before) if baseline or before.exists() else []
+    baseline_rows = read_predictions(before_path) if baseline or before_path.exists() else []
     if baseline_rows and [turns(row) for row in baseline_rows] != [turns(row) for row in rows]:
-        raise UserError(f'{before} and {path} do not hold the same questions in the same order')
+        raise UserError(f'{before_path} and {path} do not hold the same questions in the same order')
     if judge_style == 'pairwise' and not baseline_rows:
-        raise UserError(f'judge_style=pairwise needs a baseline, and there is no {before}: set --baseline')
+        raise UserError(f'judge_style=pairwise needs a baseline, and there is no {before_path}: '
+                        'set --baseline')
     if judge_style == 'score' and judge != 'reference' and not all(references(row) for row in rows):
         raise UserError(f'{path} lacks the answers that judge_style=score needs: set --judge_style=mtbench')
     scores = {'format': 1, 'config': config, 'predictions': str(path),
-              'compared_with': str(before) if baseline_rows else '', 'judge': {'kind': judge},
+              'compared_with': str(before_path) if baseline_rows else '', 'judge': {'kind': judge},
               'style': judge_style, 'scale': SCALES[judge_style], 'metrics': {}}
     results = [{'row': row, 'run': {}, 'baseline': {}} for row in rows]
     for result, row in zip(results, baseline_rows):

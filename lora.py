@@ -1,5 +1,5 @@
 """
-Variations of a GPT that the base run never reads: LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023),
+Variations of a GPT that the base run does without: LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023),
 small trained matrices on a frozen model; answers from matrices in float16; and a start for a small model that
 is to copy and rearrange words.
 
@@ -234,7 +234,9 @@ def init_for_copying(model):
 
     # the C channels are four blocks of d: two halves of a token, its position, the token before. Each head
     # reads one half of a token and writes it there again
-    q, k, v, position, before, one = 0, 1, 2, 2, 3, torch.eye(d)
+    q, k, v = 0, 1, 2
+    position, before = 2, 3
+    one = torch.eye(d)
     reads = [block.attn.c_attn.weight.view(3, H, d, 4, d) for block in model.h]  # q, k, v; head; from a block
     writes = [block.attn.c_proj.weight.normal_(std=0.02).view(4, d, H, d) for block in model.h]  # to a block
     for read, write in zip(reads, writes):

@@ -3,7 +3,7 @@ GPT-2 in one file: the network, generation with a KV cache, and every way of loa
 
     model = GPT.from_pretrained('gpt2-medium')     # or a folder or file: OpenAI's, Hugging Face's, our own
     logits, _ = model(ids)                         # (B, T) -> (B, T, vocab)
-    answers = model.generate([prompt_ids], 256)    # list of id lists -> list of new ids
+    answers = model.generate([prompt_ids], 256)    # list of id lists -> list of lists of new ids
 
 It needs torch and numpy; for OpenAI's files google-crc32c, for Hugging Face's safetensors, for downloads
 requests and tqdm. In shapes: B rows, T positions, C = n_embd channels, H heads of C/H channels.
@@ -128,7 +128,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output layer
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -153,8 +153,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, positions=None, segments=None, loss_reduction='mean'):
         """
         idx, targets, positions, segments: (B, T) -> (logits, loss): without targets (B, T, vocab) and None;
-        with targets None and the cross-entropy in nats of those that are not -100: their 'mean', their 'sum',
-        or 'none' for each (N,), row by row. Default positions: 0..T-1; segments: plainly causal.
+        with them None and the cross-entropy in nats over those that are not -100, their 'mean' or 'sum', or
+        for 'none' that of each, (N,), row by row. Default positions: 0..T-1; segments: plainly causal.
         """
         B, T = idx.size()
         assert positions is not None or T <= self.config.block_size, f'{T} positions are over block_size'
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         """
         where: a name of RELEASED, or the path of OpenAI's, Hugging Face's or our own file or folder. Names
         are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), first from `weights`. mapped:
-        half the memory. -> a GPT in fp32 on the CPU, in training mode. ModelError names what is at fault.
+        none is copied. -> a GPT in fp32 on the CPU, in training mode. ModelError names what is at fault.
         """
         if weights not in ('openai', 'huggingface'):
             raise ModelError(f"weights is 'openai' or 'huggingface', not {weights!r}")
@@ -227,7 +227,10 @@ class GPT(nn.Module):
             p = missing.pop(name)
             if tensor.shape != p.shape or not tensor.is_floating_point():
                 raise ModelError(f'{found}; in {kind} it is {tuple(p.shape)}')
-            p.data = tensor.float() if mapped else p.copy_(tensor)
+            if mapped:
+                p.data = tensor.float()  # the memory of the file
+            else:
+                p.copy_(tensor)
         if missing:
             raise ModelError(f'{path}: {", ".join(missing)[:200]} of {kind} is missing')
 
@@ -236,10 +239,10 @@ class GPT(nn.Module):
                  cache_bytes=4e9, samples=1):
         """
         prompts, lists of ids of any lengths -> lists of new ids in the same order, without the end-of-text
-        (eos=-1: nothing ends a row early). A row also ends at max_new_tokens and at block_size; only then has
-        it min(max_new_tokens, block_size - len(prompt)) new ids. on_done(i, new ids): called as row i ends.
-        temperature=0: greedy, the ids of one prompt at a time without a cache. Else each row draws random
-        numbers set by seed and prompt, whatever the batch. samples: so many rows of each prompt, with seeds
+        (eos=-1: nothing ends a row early). A row that ends at a limit has exactly min(max_new_tokens,
+        block_size - len(prompt)) new ids. on_done(i, new ids) is called as row i ends. temperature=0: greedy,
+        in fp32 the ids of one prompt at a time without a cache. Else a row draws random numbers set by seed
+        and prompt, whatever the batch. samples=n: each prompt has n rows, one after the other, with seeds
         seed, seed + 1, ... Rows over cache_bytes wait. ModelError: a prompt is empty or leaves no room.
         """
         # what cannot be answered is refused before anything is computed
@@ -280,7 +283,7 @@ class Row:
         self.ids, self.prompt_size, self.finish_reason = list(prompt), len(prompt), ''
         self.limit = min(len(prompt) + max_new_tokens, config.block_size)
         self.temperature, self.top_k, self.eos = temperature, top_k, eos
-        self.rng = np.random.default_rng((abs(seed), zlib.crc32(np.array(prompt, '<i8').tobytes())))
+        self.rng = np.random.default_rng((seed % 2**32, zlib.crc32(np.array(prompt, '<i8').tobytes())))
 
     @property
     def answer(self):
@@ -324,11 +327,12 @@ class KVCache:
         return batch, logits
 
     def resize(self):
-        """Give each row a slot, and each slot the length of the longest row, in whole CACHE_GROWTHs."""
-        longest = max(len(row.ids) for row in self.rows)
-        length, slots = math.ceil(longest / CACHE_GROWTH) * CACHE_GROWTH, len(self.rows)
+        """Give each row a slot, and where the longest row needs it each slot CACHE_GROWTH positions more."""
+        longest, limit = max(len(row.ids) for row in self.rows), max(row.limit for row in self.rows)
         _, old_slots, _, old_length, _ = self.kv_cache[0].shape
-        if length != old_length or slots > old_slots:
+        length = old_length if longest <= old_length else min(longest + CACHE_GROWTH, limit)
+        slots = len(self.rows)
+        if length > old_length or slots > old_slots:
             for layer, kv in enumerate(self.kv_cache):
                 self.kv_cache[layer] = F.pad(kv, (0, 0, 0, length - old_length, 0, 0, 0, slots - old_slots))
 
@@ -421,14 +425,13 @@ def sample_tokens(logits, rows):
 # --- checkpoints: which file, and what is in it
 
 def find_checkpoint(where):
-    """A path -> the file to read; in a folder the newest of our own, else OpenAI's, else safetensors."""
+    """A path -> its file; in a folder our newest model, or our checkpoint, OpenAI's, safetensors."""
     if (path := Path(where).expanduser()).is_file():
         return path
-    for patterns in 'ckpt.pt *-sft.pth', '*.index', '*.safetensors.index.json', '*.safetensors':
-        found = [file for pattern in patterns.split() for file in path.glob(pattern)]
-        if found:
+    for pattern in '*-sft.pth', 'ckpt.pt', '*.index', '*.safetensors.index.json', '*.safetensors':
+        if found := list(path.glob(pattern)):
             return max(found, key=os.path.getmtime)
-    raise ModelError(f'{where} is no checkpoint, nor a folder with ckpt.pt, *-sft.pth, model.ckpt.index or '
+    raise ModelError(f'{where} is no checkpoint, nor a folder with *-sft.pth, ckpt.pt, model.ckpt.index or '
                      f'*.safetensors; a model is {", ".join(RELEASED)}, or the path to one')
 
 def read_checkpoint(path):

@@ -23,6 +23,7 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -33,9 +34,9 @@ from config import UserError, configure, read_rows, read_values, write_json
 # rows
 source = (
     'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/'
-    'ch07/01_main-chapter-code/instruction-data.json'  # paths, globs, URLs of JSON, JSONL, Parquet
-)
-fields = ''  # what other files than those of CONVENTIONS call theirs, like 'instruction:q,input:c,output:a'
+    'ch07/01_main-chapter-code/instruction-data.json'
+)  # paths, globs, URLs of JSON, JSONL, Parquet
+fields = ''  # what a file calls its fields, where that is no known convention: 'instruction:q,output:a'
 dataset = 'instruction-data'  # the folder below data/ that is written
 # split
 train_share = 0.85  # of the rows
@@ -132,8 +133,8 @@ def find_sources(source):
     for name in filter(None, map(str.strip, source.split(','))):
         if name.startswith(('http://', 'https://')):
             from model import download  # here, as files at hand need no torch
-            mark = hashlib.sha256(name.encode()).hexdigest()[:8]
-            paths[name] = download([name], Path('data', dataset, f'download-{mark}-{name.rsplit("/", 1)[1]}'))
+            mark, last = hashlib.sha256(name.encode()).hexdigest()[:8], Path(urlsplit(name).path).name
+            paths[name] = download([name], Path('data', dataset, f'download-{mark}-{last}'))
         else:
             found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
             for script in [] if found else Path(name).parent.glob('make_*.py'):
@@ -200,12 +201,13 @@ def split_rows(keys, split_seed, train_share, test_share):
     sizes = {'train': n_train, 'test': n_test, 'val': len(keys) - n_train - n_test}
     if split_seed == -1:
         return dict(zip(sizes, np.split(np.arange(len(keys)), np.cumsum(list(sizes.values()))[:2])))
-    # the groups of equal keys, in the order of their first rows, then shuffled
+    # the groups of equal keys, in the order of their first rows, then shuffled. A memoryview gives Python's
+    # numbers one by one, without a list of millions
     _, first, group, size = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     order = np.argsort(first)
     random.Random(split_seed).shuffle(memoryview(order))
 
-    # each group goes into the first split that has room for all of it
+    # each group goes into the first split that has room for all of it, else into train
     chosen, used = np.zeros(len(order), 'u1'), dict.fromkeys(sizes, 0)
     for number, n_rows in zip(memoryview(order), memoryview(size[order])):
         has_room = [used[split] + n_rows <= sizes[split] for split in sizes]
@@ -259,7 +261,8 @@ def read_split(dataset, split, n_rows=None):
                 meta['rows'] = list(itertools.islice(read_values(folder / f'{split}.rows.jsonl'), n_rows))
     except (OSError, ValueError) as error:
         raise UserError(f'cannot read split {split} of {folder}: {error}; run: python prepare.py') from error
-    if (meta.get('format') in (1, 2), meta.get('template'), meta.get('tokens')) != (True, TEMPLATE, len(ids)):
+    is_ours = meta.get('format') in (1, 2) and meta.get('template') == TEMPLATE
+    if not is_ours or meta.get('tokens') != len(ids):
         raise UserError(f'{folder}/{split} is of another version, or .bin and .json differ; '
                         'run: python prepare.py')
     for name in ('start', 'header', 'answer'):
@@ -365,14 +368,14 @@ def prepare(sources, part):
     for split, numbers in kept.items():
         its = figures[numbers]
         write_split(part, split, its, starts['length'][numbers], starts['text'][numbers], meta)
-        in_train = {key: 0 if split == 'train' else np.isin(its[key], figures[splits['train']][key]).sum()
+        in_train = {key: 0 if split == 'train' else np.isin(its[key], figures[kept['train']][key]).sum()
                     for key in ('prompt_key', 'answer_key')}
         columns.append({
             'rows': len(its), 'tokens': its['length'].sum(), 'mean length': its['length'].mean().round(1),
             'longest': its['length'].max(), 'supervised tokens': (its['length'] - its['answer']).sum(),
             'truncated': its['cut'].sum(),
             'dropped': len(splits[split]) - len(its),
-            'empty answers': (its['length'] == its['answer'] + 1).sum(),
+            'empty answers': ((its['length'] == its['answer'] + 1) & (its['cut'] == 0)).sum(),
             'prompts also in train': in_train['prompt_key'], 'answers also in train': in_train['answer_key']})
         for number, name in enumerate(sources if len(sources) > 1 else ()):
             columns[-1][f'rows of {name}'] = (its['source'] == number).sum()
@@ -400,7 +403,7 @@ if __name__ == '__main__':
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         prepare(sources, part)
-        # from here on a kill leaves no .json, so that no split of now meets one of before
+        # the .json come last: a kill in between leaves no split of now beside one of before
         for path in old:
             path.unlink(missing_ok=True)
         for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):

@@ -24,13 +24,13 @@ from tqdm import tqdm
 
 from config import UserError, configure, init_device, read_jsonl, read_rows, write_json
 from lora import for_inference, init_for_copying, load_adapter
-from model import GPT, GPTConfig
+from model import GPT, RELEASED, GPTConfig, ModelError
 from prepare import IGNORE, detokenize, encode_prompt, make_batch, read_split
 
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # what it came from answers too; another model than the run's answers instead of it
+init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what answers
 adapter = ''  # an adapter.safetensors to put on init_from
 weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
 cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
@@ -66,14 +66,14 @@ def newest(paths):
     return max(paths, key=os.path.getmtime, default=None)
 
 def find_run(out_dir, init_from):
-    """-> the .json of the newest run in out_dir, or None if there is none or another model is asked for."""
+    """-> the .json of the newest run in out_dir; None if there is none, or a flag names another model than
+    the one it came from."""
     run = newest(Path(out_dir).glob('*-sft.json'))
-    if not run and init_from == 'scratch':
+    is_flag = any(flag.startswith('--init_from=') for flag in sys.argv)
+    if not run and init_from in ('', 'scratch', 'resume'):
         raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
-    if not run:
-        return None
-    origin = json.loads(run.read_text(encoding='utf-8'))['init_from']
-    return run if init_from in ('gpt2-medium', 'resume', origin) else None
+    origin = run and json.loads(run.read_text(encoding='utf-8'))['init_from']
+    return None if is_flag and init_from not in ('resume', origin) else run
 
 def load_before(made, cache_dir, weights):
     """-> the model that a run started from; if that is 'scratch', made again from its shape and config."""
@@ -259,11 +259,15 @@ def talk(model):
         if not line:
             break
         instruction, _, input = line.partition('|')
-        print_answer(model, instruction.strip(), input.strip())
+        try:
+            print_answer(model, instruction.strip(), input.strip())
+        except ModelError as error:  # it is too long
+            print(error)
 
 if __name__ == '__main__':
     if max_new_tokens < 1 or min(temperature, top_k, self_consistency, min_agreement) < 0:
-        raise UserError('max_new_tokens starts at 1, temperature, top_k and self_consistency at 0')
+        raise UserError('max_new_tokens must be at least 1, temperature, top_k, self_consistency and '
+                        'min_agreement at least 0')
     if bool(prompts) != bool(self_consistency):
         raise UserError('labels need both, --self_consistency=8 and --prompts=rows.json')
     if self_consistency and not temperature:
@@ -279,7 +283,7 @@ if __name__ == '__main__':
         model = GPT.from_pretrained(init_from, cache_dir, weights)
         if adapter:
             load_adapter(model, adapter)
-        about = f'{init_from} with {adapter}' if adapter else f'{init_from} (before fine-tuning)'
+        about = f'{init_from} with {adapter}' if adapter else init_from
     place(model)
     if rank == 0:
         print(f'\nloaded {about}: {model.config.name} on {device}')
@@ -295,7 +299,9 @@ if __name__ == '__main__':
         label(model, about)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        predict(model, PREDICTIONS if run else BEFORE, about)
+        # a released model is what tuned ones are compared with, and so is one that answers instead of the run
+        is_baseline = not (run or adapter) and (init_from in RELEASED or any(out.glob('*-sft.json')))
+        predict(model, BEFORE if is_baseline else PREDICTIONS, about)
         if run and before:
             del model
             model = load_before(made, cache_dir, weights)

@@ -25,7 +25,7 @@ from typing import Annotated
 import torch
 
 from config import UserError, configure, init_device
-from judge import Server
+from judge import SCHEMA, Server
 from lora import for_inference
 from model import GPT, KVCache, ModelError, Row
 from prepare import HEAD, PREFIX, TAIL, detokenize, encode_prompt, get_tokenizer
@@ -52,7 +52,7 @@ for cache in 'LRU_CACHE_CAPACITY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY':
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # another model than the run came from answers instead of it
+init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what answers
 before = True  # serve the model before fine-tuning, too
 weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
 cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
@@ -162,8 +162,6 @@ class Answer(Row):
         places = [self.text.index(stop) for stop in self.stop if stop in self.text]
         if places:
             self.text, self.ended = self.text[:min(places)], 'stop'
-        if time.monotonic() - self.began > request_timeout:
-            self.ended = self.ended or 'length'
         self.changed.set()
 
     def take(self):
@@ -171,12 +169,13 @@ class Answer(Row):
         size = len(self.text)
         if not self.ended:
             before_stop = size + 1 - max([len(stop) for stop in self.stop], default=1)
-            size = max(0, min(final_size(self.text), before_stop))
-        masked, earlier = mask(self.text[:size]), self.sent
-        logprobs = [logprobs for end, logprobs in self.tokens if end <= size][self.n_sent:]
+            size = final_size(self.text[:max(before_stop, 0)])
+        masked = mask(self.text[:size])
+        new_text = masked[len(self.sent):]
+        logprobs = [one for end, one in self.tokens if end <= size][self.n_sent:]
         self.sent, self.n_sent = masked, self.n_sent + len(logprobs)
         is_shown = self.top_logprobs >= 0 and masked == self.text[:size]
-        return masked[len(earlier):], logprobs if is_shown else None
+        return new_text, logprobs if is_shown else None
 
 @torch.inference_mode()
 def step(cache, joining):
@@ -221,46 +220,52 @@ async def compute():
 
 class Ask(BaseModel):
     """Of both dialects; Ollama's options are taken as fields."""
-    model: str = ''
+    model: str = Field('', validation_alias=AliasChoices('model', 'name'))
     messages: list[dict[str, str | list[dict] | None]] = []
     prompt: str = ''
     input: str = ''  # of the instruction; an extra of ours, as top_k is in OpenAI's dialect
     system: str = ''
     raw: bool = False
     stream: bool | None = None
-    stream_options: dict | None = None
+    stream_options: dict = {}
     n: int = Field(1, ge=1, le=16)
-    max_tokens: int | None = Field(None, validation_alias=AliasChoices(
+    max_tokens: int = Field(0, validation_alias=AliasChoices(
         'max_tokens', 'max_completion_tokens', 'num_predict'))
-    temperature: float | None = Field(0, ge=0, le=100)
-    top_k: int | None = Field(0, ge=0)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    logprobs: bool | Annotated[int, Field(ge=0)] | None = None
-    top_logprobs: int | None = Field(0, ge=0, le=20)
+    temperature: float = Field(0, ge=0, le=100)
+    top_k: int = Field(0, ge=0)
+    seed: int = Field(default_factory=lambda: secrets.randbits(31))
+    stop: str | list[str] = []
+    logprobs: bool | Annotated[int, Field(ge=0)] = False
+    top_logprobs: int = Field(0, ge=0, le=20)
 
 NEUTRAL = {  # of settings that are not built OpenAI's clients may send these values
     'top_p': 1, 'frequency_penalty': 0, 'presence_penalty': 0, 'logit_bias': {}, 'tools': [], 'functions': [],
     'response_format': {'type': 'text'}, 'echo': False, 'suffix': ''}
 
+def known(name):
+    """-> the name of a model, if there is such a one; else HTTPException."""
+    if name not in models:
+        raise HTTPException(404, f'there is no model {name!r}; there are: {", ".join(models)}')
+    return name
+
 async def read(request: Request):
     """-> the body as an Ask. HTTPException: 413 where it is too large, 400 where it is wrong."""
     if int(request.headers.get('content-length', max_body + 1)) > max_body:
-        raise HTTPException(413, f'a request has a Content-Length, of {max_body:,} bytes at most')
+        raise HTTPException(413, f'a request needs a Content-Length of at most {max_body:,} bytes')
     try:
         fields = dict(await request.json())
-        for key, neutral in NEUTRAL.items() if request.url.path.startswith('/v1/') else []:
-            if fields.get(key, neutral) not in (None, neutral):
-                raise HTTPException(400, f'{key} is not supported, but for {neutral!r}')
-        ask = Ask(**fields | dict(fields.get('options') or {}))
+        fields |= dict(fields.get('options') or {})
+        fields = {key: value for key, value in fields.items() if value is not None}
+        for key, neutral in NEUTRAL.items() if request.url.path.startswith('/v1/') else [('n', 1)]:
+            if fields.get(key, neutral) != neutral:
+                raise HTTPException(400, f'{key} is not supported: only {neutral!r} is')
+        ask = Ask(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
         raise HTTPException(400, f'{".".join(map(str, fault["loc"]))}: {fault["msg"]}') from None
     except (ValueError, TypeError, RecursionError, ClientDisconnect):
-        raise HTTPException(400, 'the request is no JSON object, or not all of one') from None
-    ask.model = ask.model.removesuffix(':latest') or next(iter(models))
-    if ask.model not in models:
-        raise HTTPException(404, f'there is no model {ask.model!r}, but: {", ".join(models)}')
+        raise HTTPException(400, 'the request is not a complete JSON object') from None
+    ask.model = known(ask.model.removesuffix(':latest') or next(iter(models)))
     return ask
 
 async def submit(ask, kind, top_logprobs):
@@ -269,9 +274,11 @@ async def submit(ask, kind, top_logprobs):
     if ask.system or 'system' in roles or 'developer' in roles:
         raise HTTPException(400, 'this model takes no system message: put all into one user message')
     if roles and roles[-1] != 'user':
-        raise HTTPException(400, 'the last message must be of the user')
+        raise HTTPException(400, 'the last message must have the role user')
     text = (ask.messages[-1].get('content') or '') if ask.messages else ask.prompt
     if not isinstance(text, str):
+        if any(part.get('type') != 'text' for part in text):
+            raise HTTPException(400, 'a message may have parts of type text alone')
         text = ''.join(str(part.get('text', '')) for part in text)
     if not text.strip():
         raise HTTPException(400, 'there is no instruction')
@@ -279,12 +286,12 @@ async def submit(ask, kind, top_logprobs):
     if await is_refused('\n\n'.join(row.values())):
         raise HTTPException(400, 'the moderator refused this prompt, or does not answer')
     ids = get_tokenizer().encode_ordinary(row['instruction']) if kind == 'raw' else encode_prompt(row)
-    stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
-    limit = max(ask.max_tokens or 0, 0) or max_new_tokens  # Ollama's num_predict may be -1
-    seed, its_changed = 123 if ask.seed is None else ask.seed, asyncio.Event()
+    stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop
+    limit = max(ask.max_tokens, 0) or max_new_tokens  # Ollama's num_predict may be -1
+    its_changed = asyncio.Event()
     try:
         answers = [Answer((ask.model, kind), i, list(filter(None, stop)), top_logprobs, its_changed, ids,
-                          min(limit, max_new_tokens), ask.temperature or 0, ask.top_k or 0, seed + i)
+                          min(limit, max_new_tokens), ask.temperature, ask.top_k, ask.seed + i)
                    for i in range(ask.n)]
     except ModelError as error:
         raise HTTPException(400, str(error)) from error
@@ -300,7 +307,12 @@ async def pieces(answers, stream):
     left, its_changed = list(answers), answers[0].changed
     try:
         while left:
-            await its_changed.wait()
+            try:
+                async with asyncio.timeout_at(answers[0].began + request_timeout):
+                    await its_changed.wait()
+            except TimeoutError:
+                for answer in left:
+                    answer.ended = answer.ended or 'length'
             its_changed.clear()
             for answer in list(left):
                 if answer.ended:
@@ -314,12 +326,12 @@ async def pieces(answers, stream):
     finally:
         for answer in left:
             answer.ended = 'cancelled'
-        waiting[:] = [answer for answer in waiting if answer not in left]
+        waiting[:] = [answer for answer in waiting if not answer.ended]
 
 async def check_key(request: Request):
     key, sent = os.environ.get('SERVE_API_KEY'), request.headers.get('authorization', '')
     if not key and not without_key and request.url.hostname not in LOOPBACK:
-        raise HTTPException(403, 'by another name than localhost only with a key')  # a page may rename itself
+        raise HTTPException(403, 'under a name other than localhost a key is needed')  # against DNS rebinding
     is_right = not key or secrets.compare_digest(sent.encode(), f'Bearer {key}'.encode())
     if not is_right and request.url.path not in ('/', '/health'):
         raise HTTPException(401, 'the API key is missing or wrong', {'WWW-Authenticate': 'Bearer'})
@@ -344,8 +356,8 @@ async def generate(request: Request, ask: Annotated[Ask, Depends(read)]):
         return {'model': ask.model, 'created_at': now(), 'response': '', 'done': True, 'done_reason': 'load',
                 'message': {'role': 'assistant', 'content': ''}}
     top = -1
-    if not is_ollama and ask.logprobs not in (None, False):  # of completions it is the number itself
-        top = (ask.top_logprobs or 0) if ask.logprobs is True else min(ask.logprobs, 20)
+    if not is_ollama and ask.logprobs is not False:  # of completions it is the number itself
+        top = ask.top_logprobs if ask.logprobs is True else min(ask.logprobs, 20)
     answers = await submit(ask, 'template' if is_chat or is_ollama and not ask.raw else 'raw', top)
     to_json = ollama_json if is_ollama else openai_json
     bodies = to_json(ask, answers, is_chat, stream, pieces(answers, stream))
@@ -386,12 +398,17 @@ async def openai_json(ask, answers, is_chat, stream, pieces):
     usage = {'prompt_tokens': read, 'completion_tokens': written, 'total_tokens': read + written}
     if not stream:
         yield head | {'choices': sorted(choices, key=lambda choice: choice['index']), 'usage': usage}
-    elif (ask.stream_options or {}).get('include_usage'):
+    elif ask.stream_options.get('include_usage'):
         yield head | {'choices': [], 'usage': usage}
 
-app.get('/v1/models')(lambda: {'object': 'list', 'data': [
-    {'id': name, 'object': 'model', 'created': started, 'owned_by': 'gpt2-sft', 'root': about[name]['digest']}
-    for name in models]})
+@app.get('/v1/models/{name}')
+async def model_json(name: str):
+    digest = about[known(name)]['digest']
+    return {'id': name, 'object': 'model', 'created': started, 'owned_by': 'gpt2-sft', 'root': digest}
+
+@app.get('/v1/models')
+async def models_json():
+    return {'object': 'list', 'data': [await model_json(name) for name in models]}
 
 # --- Ollama's dialect
 
@@ -404,7 +421,8 @@ async def ollama_json(ask, answers, is_chat, stream, pieces):
         content = {'message': {'role': 'assistant', 'content': text}} if is_chat else {'response': text}
         part = {'model': ask.model, 'created_at': now(), **content, 'done': bool(answer.ended)}
         if answer.ended:
-            ns = [int(1e9 * (t - answer.began)) for t in (answer.first_token, time.monotonic())]
+            now_s = time.monotonic()
+            ns = [int(1e9 * (t - answer.began)) for t in (answer.first_token or now_s, now_s)]
             part |= {'done_reason': answer.ended, 'total_duration': ns[1], 'load_duration': 0,
                      'prompt_eval_count': answer.prompt_size, 'prompt_eval_duration': ns[0],
                      'eval_count': len(answer.new_ids), 'eval_duration': ns[1] - ns[0]}
@@ -419,7 +437,7 @@ async def show(ask: Annotated[Ask, Depends(read)]):
 
 # --- the page, and what operators look at
 
-@app.get('/')
+@app.api_route('/', methods=['GET', 'HEAD'])  # Ollama's command asks by HEAD whether a server runs
 async def page():
     nonce = secrets.token_urlsafe(16)
     policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
@@ -491,6 +509,7 @@ if __name__ == '__main__':
     if 'moderator' in chain:
         moderator = Server(judge, judge_model, judge_url, request_timeout)
         moderator.check()
+        moderator.load(moderator.body('Hello.', SCHEMA, 123))
 
     # SIGTERM and Ctrl-C: no new connections, those who wait are answered, exit status 0
     server = uvicorn.Server(uvicorn.Config(app, log_level='warning', access_log=False, lifespan='off',

@@ -81,9 +81,10 @@ config = configure(globals())
 
 # what no type can check
 for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interval', 'n_layer', 'n_head',
-            'n_embd'):
-    if config[key] < 1:
-        raise UserError(f'{key}={config[key]} must be at least 1')
+            'n_embd', 'max_steps', 'eval_iters'):
+    lowest = 0 if key in ('max_steps', 'eval_iters') else 1
+    if config[key] < lowest:
+        raise UserError(f'{key}={config[key]} must be at least {lowest}')
 for key, names in (('loss_on', 'answer response all'), ('schedule', 'constant cosine linear'),
                    ('decay', 'all matrices'), ('init', 'gpt2 copying')):
     if config[key] not in names.split():
@@ -109,10 +110,12 @@ meta = data['train'][1]
 lengths, supervised = meta['end'] - meta['start'], meta['end'] - first_targets(meta, loss_on)
 n_examples, examples_per_step = len(lengths), batch_size * gradient_accumulation_steps * world_size
 longest = max(lengths.max(), (data['val'][1]['end'] - data['val'][1]['start']).max())
+data_split = {f'data_{key}': meta[key] for key in ('split_seed', 'examples', 'tokens')}
 if meta['sha256'] != data['val'][1]['sha256']:
     raise UserError(f'train and val of data/{dataset} come from different rows; run: python prepare.py')
 
-# resume: the checkpoint must agree in all that shapes the weights; these knobs may change
+# resume: the checkpoint must agree in the data and in all that shapes the weights; these knobs may change. A
+# schedule goes on as if its number of steps had always been that of now
 RESUME_MAY_CHANGE = {
     'init_from', 'out_dir', 'weights', 'cache_dir', 'batch_size', 'gradient_accumulation_steps', 'epochs',
     'max_steps', 'eval_interval', 'eval_iters', 'sample_every_epoch', 'save_interval', 'keep_best',
@@ -125,9 +128,9 @@ if init_from == 'resume':
         reason = str(error).splitlines()[0]
         raise UserError(f'cannot resume from {out}/ckpt.pt ({reason}): '
                         'start without --init_from=resume') from error
-    now = config | {'data': meta['sha256'], 'examples_per_step': examples_per_step}
-    # checkpoints of older versions do not tell the number of examples
-    was = {'examples_per_step': saved.get('examples_per_step', examples_per_step)}
+    now = config | {'data': meta['sha256'], 'examples_per_step': examples_per_step, **data_split}
+    # checkpoints of older versions do not tell the numbers of examples
+    was = {'examples_per_step': saved.get('examples_per_step', examples_per_step)} | saved.get('split', {})
     was |= saved['config'] | {'data': saved['sha256']}
     differences = [f'{key} was {was[key]!r}, is {now[key]!r}' for key in now
                    if key in was and key not in RESUME_MAY_CHANGE and was[key] != now[key]]
@@ -151,7 +154,7 @@ name = f'{model.config.name}-sft'
 
 # the data must fit the model's positions and its vocabulary
 max_length = min(block_size, model.config.block_size)
-if longest > max_length + 1:
+if longest > max_length:
     raise UserError(f'data/{dataset} has a row of {longest} tokens; '
                     f'run: python prepare.py --block_size={max_length}')
 if model.config.vocab_size < meta['vocab_size']:
@@ -297,7 +300,8 @@ def save_checkpoint():
     model_state, optimizer_state = get_state_dict(model, optimizer, options=state_options)
     checkpoint = {'model': model_state, 'optimizer': optimizer_state, 'scaler': scaler.state_dict(),
                   'progress': progress, 'config': config | {'init_from': origin}, 'sha256': meta['sha256'],
-                  'model_config': asdict(model.config), 'examples_per_step': examples_per_step}
+                  'model_config': asdict(model.config), 'examples_per_step': examples_per_step,
+                  'split': data_split}
     if rank == 0:
         atomic_write(out / 'ckpt.pt', lambda file: torch.save(checkpoint, file), 'wb')
 
@@ -442,5 +446,5 @@ if not keep_best or progress['best'] == math.inf:
     save_model()
 if rank == 0:
     draw_losses(out / 'loss.png')
-print0(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}; '
-       f'{out}/ has ckpt.pt, {name}.pth, {name}.json, log.jsonl, loss.png')
+files = ', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))
+print0(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}; {out}/ has {files}')

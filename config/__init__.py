@@ -67,7 +67,7 @@ def read_config_file(path, all_knobs):
     settings = {}
     try:
         exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), settings)
-    except (OSError, SyntaxError, NameError, UnicodeDecodeError) as error:
+    except Exception as error:  # whatever its code may raise
         raise UserError(f'config file {path}: {error}') from error
     return {key: check_value(key, value, all_knobs, path)
             for key, value in settings.items() if not key.startswith('_')}
@@ -148,8 +148,8 @@ def write_safetensors(path, tensors):
     """
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, tensor in tensors.items():
-        offsets = [end, end := end + 4 * tensor.numel()]
-        header[name] = {'dtype': 'F32', 'shape': list(tensor.shape), 'data_offsets': offsets}
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {'dtype': 'F32', 'shape': list(tensor.shape), 'data_offsets': [start, end]}
     text = json.dumps(header).encode()
     text += b' ' * (-len(text) % 8)
     with open(path, 'wb') as file:
@@ -202,7 +202,7 @@ def read_list(file):
         yield value
         n += 1
     if (text[i + 1:] + file.read()).strip():
-        raise ValueError('it goes on behind the end of its list')
+        raise ValueError('there is text after the end of its list')
 
 def read_jsonl(path):
     """-> the objects of a JSONL file, without lines that an interruption cut; nan and inf become None."""
@@ -218,22 +218,26 @@ def read_jsonl(path):
 
 CONVENTIONS = [  # what instruction, input and output are called; an input may be missing
     ('instruction', 'input', 'output'),  # Alpaca
+    ('instruction', 'context', 'output'),
     ('instruction', 'context', 'response'),  # Dolly
     ('prompt', 'input', 'completion'),
+    ('prompt', 'context', 'completion'),
     ('question', 'context', 'answer')]
 CHATS = 'messages', 'conversations'  # fields of chats, lists of {role or from, content or value}
 ROLES = {'human': 'user', 'gpt': 'assistant'}  # other names of them
 
-def first_exchange(messages):
+def first_exchange(messages, is_answered):
     """Messages -> the first user message that is answered, as a row; its input is a leading system message.
-    Raises ValueError, or what wrong types raise."""
+    is_answered=False: the first user message. Raises ValueError, or what wrong types raise."""
     keys = ('role', 'content') if 'role' in messages[0] else ('from', 'value')
     talk = [(ROLES.get(one[keys[0]], one[keys[0]]), one[keys[1]]) for one in messages]
     has_system = talk[0][0] == 'system'
-    for (role, question), (next_role, answer) in itertools.pairwise(talk):
-        if (role, next_role) == ('user', 'assistant'):
-            return {'instruction': question, 'input': talk[0][1] if has_system else '', 'output': answer,
-                    'messages_left_out': len(talk) - 2 - has_system}
+    for (role, question), (next_role, answer) in itertools.pairwise([*talk, ('', '')]):
+        has_answer = next_role == 'assistant'
+        if role == 'user' and (has_answer or not is_answered):
+            return {'instruction': question, 'input': talk[0][1] if has_system else '',
+                    'output': answer if has_answer else '',
+                    'messages_left_out': len(talk) - 1 - has_answer - has_system}
     raise ValueError('no message of the user is followed by an answer')
 
 def to_row(value, conventions, needed):
@@ -248,22 +252,25 @@ def to_row(value, conventions, needed):
     row = dict(value)
     for chat in value.keys() & CHATS:
         try:
-            row |= first_exchange(row.pop(chat))
+            row |= first_exchange(row.pop(chat), 'output' in needed)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f'its {chat} are wrong: {error!r}') from error
-    # the convention of which it has most: instruction and output, or one of them
-    names = max(conventions, key=lambda names: len(row.keys() & names[::2]))
+    # the convention of which it has most: instruction and output, or one of them; then the input. Names that
+    # the user gave come first
+    names = max(conventions, key=lambda names: (len(row.keys() & names[::2]),
+                                                names not in CONVENTIONS or names[1] in row))
     row |= {key: row.pop(name) for key, name in zip(CONVENTIONS[0], names) if name in row}
     for key in needed:
         if key not in row:
-            raise ValueError(f'{key} is missing; say which of {", ".join(map(str, value))} it is: '
-                             '--fields=instruction:...,output:...')
+            advice = ': --fields=instruction:...,output:...' if 'output' in needed else ' by renaming it'
+            raise ValueError(f'{key} is missing; say which of {", ".join(map(str, value))} it is{advice}')
         if not isinstance(row[key], str):
             raise ValueError(f'{key} is {row[key]!r}')
     if not row['instruction'].strip():
         raise ValueError('instruction is empty')
-    if not isinstance(row.get('input'), str | None):
-        raise ValueError(f'input is {row["input"]!r}')
+    for key in 'input', 'output':
+        if not isinstance(row.get(key), str | None):
+            raise ValueError(f'{key} is {row[key]!r}')
     return row
 
 def read_rows(path, fields='', is_answered=True):
@@ -274,7 +281,7 @@ def read_rows(path, fields='', is_answered=True):
     if fields:
         given = dict(pair.strip().partition(':')[::2] for pair in fields.split(','))
         if not {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0]):
-            raise UserError(f'fields={fields!r} must be like instruction:q,output:a or so with input:c')
+            raise UserError(f'fields={fields!r} must be like instruction:q,output:a, or with input:c, too')
         conventions = [tuple(given.get(key, '') for key in CONVENTIONS[0]), *CONVENTIONS]
     try:
         for n, value in enumerate(read_values(str(path)), 1):
@@ -289,7 +296,7 @@ def read_rows(path, fields='', is_answered=True):
     except ValueError as error:  # pyarrow's errors are such, too
         raise UserError(f'{path} is not JSON, or not whole: {error}') from error
     if not n:
-        raise UserError(f'{path} holds no list of rows, but an empty one')
+        raise UserError(f'{path} has no rows')
     if faults:
         more = f'; and {len(faults) - 20} more' if len(faults) > 20 else ''
         raise UserError(f'{path}: {"; ".join(faults[:20])}{more}')

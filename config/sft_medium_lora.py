@@ -1,5 +1,5 @@
 """
-GPT-2 Medium with LoRA: 1 % of the weights are trained, so optimizer and gradients take next to no memory.
+GPT-2 Medium with LoRA: 2 % of the weights are trained, so optimizer and gradients take next to no memory.
 
     python prepare.py config/sft_medium_lora.py
     python train.py   config/sft_medium_lora.py

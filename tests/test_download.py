@@ -1,5 +1,7 @@
 """Downloads from a server in the test that breaks in every way: what is kept is whole and right, or nothing is."""
+import gzip
 import hashlib
+import json
 import multiprocessing
 import threading
 import time
@@ -394,3 +396,11 @@ def test_released_shapes(name, parameters):
         model = GPT(shape)
     assert sum(p.numel() for p in model.parameters()) == parameters and data == 4 * parameters
     assert model.config.n_embd == 64 * model.config.n_head
+
+
+def test_prepare_reads_an_address_with_a_query(server, run, tmp_path):
+    """What the file is follows from the address's path, as on Hugging Face's hub: .../rows.jsonl.gz?download=true."""
+    rows = [{'instruction': f'Task {i}', 'input': '', 'output': 'x'} for i in range(60)]
+    server.files['/rows.jsonl.gz?download=true'] = gzip.compress('\n'.join(map(json.dumps, rows)).encode())
+    run('prepare.py', f'--source={server.url}/rows.jsonl.gz?download=true', '--dataset=x')
+    assert json.loads((tmp_path / 'data/x/train.json').read_text())['examples'] == 51

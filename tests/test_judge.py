@@ -299,8 +299,16 @@ def test_pairwise_asks_in_both_orders(judge, server, tmp_path):
     _, scores = judge('--judge_style=pairwise', name='scores-pairwise.json')
     outcome = [result['run']['score'] for result in scores['rows']]
     assert outcome == [1, -1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1] and len(server.asked) == 20
-    assert scores['summary']['run']['orders_disagreed'] == 1
     assert (scores['paired']['win'], scores['paired']['tie'], scores['paired']['loss']) == (9, 2, 1)
+    assert scores['summary']['run']['orders_disagreed'] == 1
+    # a judge that likes no answer best shows that it does
+    def perverse(prompt):
+        a, b = fenced(prompt, 'answer of A')[0], fenced(prompt, 'answer of B')[0]
+        return f'Shorter is better. [[{"A" if len(a) < len(b) else "B"}]]'
+    server.opinion = perverse
+    done, scores = judge('--judge_style=pairwise', '--calibrate=3', name='scores-pairwise.json')
+    assert scores['calibration']['groups']['empty']['score']['value'] == 1 and 'no answer at all scores 1.0' in done.stdout
+    assert '1 empty (decided by rule)' in done.stdout
     (tmp_path / 'out' / NAME.replace('.json', '-before.json')).unlink()
     assert '--baseline' in judge('--judge_style=pairwise', code=2)[0].stderr
 
@@ -367,6 +375,11 @@ def test_a_moderator_that_was_silent_is_asked_again(server):
     server.scripts['Hello'], server.scripts['bomb'] = ['DROP'] * 16 + ['{"score": 49}'], ['{"score": 50}']
     assert [moderator.finds_harmful('Hello') for _ in range(5)] == [True] * 4 + [False]
     assert moderator.finds_harmful('A bomb.')
+
+
+def test_a_judge_without_a_server():
+    with pytest.raises(UserError, match="judge='reference' has no server"):
+        stage.Server('reference', 'llama3')
 
 
 def test_an_address_that_is_none():

@@ -378,12 +378,13 @@ def test_own_checkpoints(tmp_path, reference):
     torch.save({name: tensor + 1 for name, tensor in reference.state_dict().items()}, tmp_path / 'tiny-sft.pth')
     (tmp_path / 'tiny-sft.json').write_text(json.dumps({'model': fields, 'config': {}}))
     (tmp_path / 'model.safetensors').write_text('not the one')
-    os.utime(tmp_path / 'ckpt.pt', (1, 1))
-    assert not same(GPT.from_pretrained(tmp_path), reference)  # the newest
+    os.utime(tmp_path / 'tiny-sft.pth', (1, 1))
+    assert not same(GPT.from_pretrained(tmp_path), reference)  # with keep_best the older file is the better model
     assert same(GPT.from_pretrained(tmp_path / 'ckpt.pt'), reference)
     assert torch.equal(GPT.from_pretrained(tmp_path / 'tiny-sft.pth').wpe.weight, reference.wpe.weight + 1)
-    os.utime(tmp_path / 'tiny-sft.pth', (0, 0))
-    assert same(GPT.from_pretrained(tmp_path), reference)
+    torch.save(reference.state_dict(), tmp_path / 'other-sft.pth')
+    (tmp_path / 'other-sft.json').write_text(json.dumps({'model': fields, 'config': {}}))
+    assert same(GPT.from_pretrained(tmp_path), reference)  # the newest
 
 
 def test_own_checkpoint_without_its_json(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, ROWS, stage
 from pyarrow import parquet
 
+from config import read_rows
 from prepare import EOS, SPLITS, encode_prompt, encode_rows, format_prompt, get_tokenizer, read_split
 
 
@@ -94,9 +95,13 @@ def test_truncated_and_dropped(run, tmp_path):
     rows[3]['output'] += long  # truncated
     rows[5]['instruction'] += long  # dropped
     rows[7]['output'] = ''  # learns to end at once
+    prompt = {'instruction': 'Say' + ' on' * (63 - len(encode_prompt({'instruction': 'Say'}))), 'input': ''}
+    rows[9] = prompt | {'output': 'two tokens'}  # cut behind the first
+    rows[5]['output'] = rows[52]['output'] = 'only here'  # of which train has none
     (tmp_path / 'rows.json').write_text(json.dumps(rows))
     shown = run('prepare.py', '--source=rows.json', '--dataset=x', '--block_size=64', '--split_seed=-1').stdout
-    assert shown.split('truncated')[1].split()[:3] == ['1', '0', '0'] and shown.split('dropped')[1].split()[:3] == ['1', '0', '0']
+    assert [figures(shown, name) for name in ('truncated', 'dropped', 'empty answers')] == [[2, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert figures(shown, 'answers also in train') == [0, 3, 5]
     assert '[[' in shown and ']]' in shown  # plain marks, as this is no terminal
     ids = np.fromfile(tmp_path / 'data/x/train.bin', dtype='<u2')
     meta = json.loads((tmp_path / 'data/x/train.json').read_text())
@@ -104,7 +109,7 @@ def test_truncated_and_dropped(run, tmp_path):
     ends = meta['start'][1:] + [len(ids)]
     lengths = np.diff(meta['start'] + [len(ids)])
     assert lengths.max() == 64 and ids[ends[3] - 1] != EOS  # a cut answer did not end there
-    assert [i for i, end in enumerate(ends) if ids[end - 1] != EOS] == [3]
+    assert [i for i, end in enumerate(ends) if ids[end - 1] != EOS] == [3, 8]
     run('prepare.py', '--source=rows.json', '--dataset=y', '--block_size=8', code=2)
     assert not (tmp_path / 'data/y').exists()
 
@@ -112,7 +117,7 @@ def test_truncated_and_dropped(run, tmp_path):
 @pytest.mark.parametrize('text, said', [
     ('[{"instruction": "a", "output": "b"', 'not JSON'),
     ('{"data": []}', 'row 0: instruction is missing; say which of data it is: --fields='),
-    ('[]', 'no list of rows'),
+    ('[]', 'has no rows'),
     ('', 'not JSON'),
     ('[1]', 'row 0: it is int'),
     ('[{"instruction": "a"}]', 'row 0: output is missing'),
@@ -230,6 +235,7 @@ PLAIN = [{'instruction': f'Task {i}', 'input': 'x' * (i % 3), 'output': f'Answer
 CONVENTIONS = {
     'alpaca': lambda row: row,
     'dolly': lambda row: {'instruction': row['instruction'], 'context': row['input'], 'response': row['output'], 'category': 'qa'},
+    'context': lambda row: {'instruction': row['instruction'], 'context': row['input'], 'output': row['output']},
     'completion': lambda row: {'prompt': row['instruction'], 'input': row['input'], 'completion': row['output']},
     'answer': lambda row: {'answer': row['output'], 'question': row['instruction'], 'context': row['input'], 'id': 7},
     'openai': lambda row: {'messages': [
@@ -272,13 +278,23 @@ def test_each_row_has_a_convention_of_its_own(run, tmp_path):
     assert all(plain[split][0] == mixed[split][0] for split in SPLITS)
 
 
+def test_rows_without_an_output(tmp_path):
+    """As sample.py takes them for labelling: what a row is asked does not depend on its output being there."""
+    talk = [{'role': 'system', 'content': 'c'}, {'role': 'user', 'content': 'i'}]
+    write_rows(tmp_path / 'ask.jsonl', [
+        {'instruction': 'i', 'input': 'c'}, {'instruction': 'i', 'context': 'c'}, {'question': 'i', 'context': 'c'}, {'messages': talk},
+        {'messages': [*talk, {'role': 'assistant', 'content': 'o'}]}])
+    rows = list(read_rows(tmp_path / 'ask.jsonl', is_answered=False))
+    assert [(row['instruction'], row['input'], row.get('output') or '') for row in rows] == [('i', 'c', '')] * 4 + [('i', 'c', 'o')]
+
+
 @pytest.mark.parametrize('text, said', [
     ('[{"q": "a", "a": "b"}]', 'row 0: instruction is missing; say which of q, a it is: --fields='),
     ('[{"question": "a", "reply": "b"}]', 'row 0: output is missing; say which of question, reply it is: --fields='),
     ('[{"messages": [{"role": "user", "content": "x"}]}]', 'row 0: its messages are wrong'),
     ('[{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}]', 'row 0: output is None'),
     ('[{"conversations": [{"from": "human"}, 7]}]', 'row 0: its conversations are wrong'),
-    ('[{"instruction": "a", "output": "b"}] [', 'goes on behind the end'),
+    ('[{"instruction": "a", "output": "b"}] [', 'there is text after the end'),
     ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "outp', 'after 1 rows'),
     ('[{"instruction": "a", "output": "b"} oops', 'after 1 rows'),
 ])

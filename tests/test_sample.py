@@ -1,5 +1,6 @@
 """Answers through sample.py's own command: after and before, one prompt, a conversation, an interrupted start, two processes."""
 import json
+import re
 import shutil
 import sys
 
@@ -86,11 +87,11 @@ def test_one_prompt(sample, tmp_path):
 
 def test_a_conversation(trained):
     shown = stage(trained, 'sample.py', *FLAGS, '--interactive=True',
-                  input='Write the word cat again.\nWrite the word dog again. | cat\n\nleft\n')
+                  input=f'Write the word cat again.\n{"long " * 999}\nWrite the word dog again. | cat\n\nleft\n')
     rows = {'instruction': 'Write the word cat again.'}, {'instruction': 'Write the word dog again.', 'input': 'cat'}
     model = GPT.from_pretrained(trained / 'a').eval()
     answers = [naive(model, encode_prompt(row))[0].strip() for row in rows]
-    assert shown.stdout.endswith(f'> {answers[0]}\n> {answers[1]}\n> ')
+    assert re.search(re.escape(f'> {answers[0]}') + r'\n> .* tokens; it may have .*\n> ' + re.escape(f'{answers[1]}\n> ') + '$', shown.stdout)
 
 
 def test_an_untrained_checkpoint_answers(trained, tmp_path):
@@ -101,9 +102,24 @@ def test_an_untrained_checkpoint_answers(trained, tmp_path):
     assert 'none has no run' in stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=scratch', '--prompt=Hello', code=2).stderr
     stage(tmp_path, 'sample.py', '--out_dir=none', '--init_from=absent', '--prompt=Hello', code=2)
     stage(tmp_path, 'sample.py', '--max_new_tokens=0', '--prompt=Hello', code=2)
-    shown = stage(tmp_path, 'sample.py', f'--out_dir={trained / "a"}', f'--init_from={trained / "a" / "gpt2-2x32-sft.pth"}',
-                  '--prompt=Hello', '--max_new_tokens=3')
-    assert 'before fine-tuning' in shown.stdout and shown.stdout.count('loaded') == 2
+    path = trained / 'a/gpt2-2x32-sft.pth'
+    ask = f'--out_dir={trained / "a"}', '--prompt=Hello', '--max_new_tokens=3'
+    assert f'\nloaded {path}: ' in stage(tmp_path, 'sample.py', *ask, f'--init_from={path}').stdout
+    # a flag counts, even that of the default; a config file that other runs are made with does not
+    (tmp_path / 'other.py').write_text(f'init_from = {str(path)!r}')
+    assert 'sft.pth (step' in stage(tmp_path, 'sample.py', 'other.py', *ask).stdout
+    shown = stage(tmp_path, 'sample.py', *ask, '--init_from=gpt2-medium', '--cache_dir=other.py', code=2)
+    assert 'other.py' in shown.stderr and 'sft.pth' not in shown.stdout
+
+
+def test_what_the_file_of_answers_is_called(trained, tmp_path):
+    """A model in a folder of its own writes predictions; one that answers instead of a run does not overwrite the run's."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / 'a/gpt2-2x32-sft.pth'
+    ask = '--dataset=tiny', '--max_new_tokens=2', f'--init_from={path}'
+    for folder, name in ('alone', AFTER), ('a', BEFORE):
+        stage(tmp_path, 'sample.py', *ask, f'--out_dir={folder}')
+        assert [file.name for file in (tmp_path / folder).glob('instruction*.json') if 'about' not in file.name] == [name]
 
 
 def test_an_interrupted_start_is_resumed(sample, tmp_path):
@@ -158,7 +174,7 @@ def test_an_adapter_on_its_base(trained, tmp_path):
     ask = '--dataset=tiny', '--max_new_tokens=24', f'--init_from={base}'
     stage(tmp_path, 'sample.py', *ask, '--out_dir=b')
     stage(tmp_path, 'sample.py', *ask, '--out_dir=c', '--adapter=b/adapter.safetensors')
-    merged, put_on, before = (json.loads((tmp_path / name).read_text()) for name in (f'b/{AFTER}', f'c/{BEFORE}', f'b/{BEFORE}'))
+    merged, put_on, before = (json.loads((tmp_path / name).read_text()) for name in (f'b/{AFTER}', f'c/{AFTER}', f'b/{BEFORE}'))
     assert [row['model_response'] for row in merged] == [row['model_response'] for row in put_on]
     assert [row['reference_loss'] for row in merged] == pytest.approx([row['reference_loss'] for row in put_on], rel=1e-4)
     assert [row['reference_loss'] for row in merged] != pytest.approx([row['reference_loss'] for row in before], rel=1e-3)
@@ -247,12 +263,13 @@ tqdm.tqdm.update = stop
 
 
 @pytest.mark.parametrize('flags, said', [
-    (['--self_consistency=3'], 'need both'), (['--prompts=ask.json'], 'need both'), (['--self_consistency=-1'], 'at 0'),
+    (['--self_consistency=3'], 'need both'), (['--prompts=ask.json'], 'need both'), (['--self_consistency=-1'], 'at least 0'),
     (['--self_consistency=3', '--prompts=absent.json'], 'cannot read absent.json'),
-    (['--self_consistency=3', '--prompts=ask.json'], 'row 1: instruction is 5'),
+    (['--self_consistency=3', '--prompts=ask.json'], 'row 1: instruction is 5; row 2: output is 7'),
 ])
 def test_mistakes_about_labels(sample, tmp_path, flags, said):
-    (tmp_path / 'ask.json').write_text('[{"instruction": "x", "output": "y"}, {"instruction": 5, "output": "y"}]')
+    (tmp_path / 'ask.json').write_text('[{"instruction": "x", "output": "y"}, {"instruction": 5, "output": "y"}, '
+                                       '{"instruction": "x", "output": 7}]')
     sample(*flags, code=2)
     assert said in sample.shown.stderr and not list((tmp_path / 'a').glob('pseudo*'))
 

@@ -152,6 +152,7 @@ def test_answers_are_those_of_generate_whatever_else_runs(url):
 def test_the_openai_package(url):
     client, model = openai.OpenAI(base_url=url + '/v1', api_key='none'), random_model()
     assert [one.id for one in client.models.list()] == ['tiny-sft', 'tiny-before']
+    assert client.models.retrieve('tiny-before').id == 'tiny-before'
     messages, ids = [{'role': 'user', 'content': QUESTIONS[0]}], encode_prompt({'instruction': QUESTIONS[0]})
     new_ids = model.generate([ids], 12)[0]
     reply = client.chat.completions.create(model='tiny-sft', messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, n=2)
@@ -179,6 +180,14 @@ def test_the_openai_package(url):
     assert raw.choices[0].text == get_tokenizer().decode(model.generate([get_tokenizer().encode('The sea is')], 9)[0])
     some = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=4, logprobs=2).choices[0].logprobs
     assert some.tokens[0] in some.top_logprobs[0] and len(some.top_logprobs[0]) == 2 and max(some.token_logprobs) <= 0
+    bare = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=4, logprobs=0).choices[0].logprobs
+    assert bare.tokens == some.tokens and bare.top_logprobs == [{}] * 4
+    # null is what was not sent; without a seed another answer comes each time
+    null = {'max_tokens': None, 'max_completion_tokens': 5, 'temperature': None, 'stop': None, 'seed': None}
+    assert chat(url, QUESTIONS[0], **null).json()['usage']['completion_tokens'] <= 5
+    assert len({chat(url, QUESTIONS[0], temperature=5).text.partition('choices')[2] for _ in range(4)}) == 4
+    with pytest.raises(openai.NotFoundError, match='tiny-sft, tiny-before'):
+        client.models.retrieve('gpt-5')
     with pytest.raises(openai.NotFoundError, match='tiny-sft, tiny-before'):
         client.chat.completions.create(model='gpt-5', messages=messages)
     with pytest.raises(openai.BadRequestError, match='top_p is not supported'):
@@ -187,6 +196,7 @@ def test_the_openai_package(url):
 
 def test_the_ollama_package(url):
     client = ollama.Client(url)
+    assert requests.head(url).status_code == 200  # its command line asks so if a server runs
     assert [one.model for one in client.list().models] == ['tiny-sft', 'tiny-before']
     shown = client.show('tiny-sft')
     assert shown.details.family == 'gpt2' and '### Instruction:\n{{ .Prompt }}' in shown.template
@@ -249,12 +259,12 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
 
 
 @pytest.mark.parametrize('path, body, status, words', [
-    (CHAT, '{', 400, 'no JSON object'),
+    (CHAT, '{', 400, 'not a complete JSON object'),
     (CHAT, '[' * 100_001, 413, '100,000'),
-    (CHAT, '[' * 50_000, 400, 'no JSON object'),
+    (CHAT, '[' * 50_000, 400, 'not a complete JSON object'),
     (CHAT, 'x' * 1_000_000, 413, '100,000 bytes'),
     (CHAT, {'messages': []}, 400, 'no instruction'),
-    (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must be of the user'),
+    (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must have the role user'),
     (CHAT, {'messages': [{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'x'}]}, 400, 'no system message'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'temperature': -1}, 400, 'temperature'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 'x'}, 400, 'max_tokens'),
@@ -262,11 +272,13 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'tools': [{'type': 'function'}]}, 400, 'tools is not supported'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'word ' * 1100}]}, 400, 'tokens; it may have'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'a' * 20_000}]}, 400, 'tokens; it may have'),
+    (CHAT, {'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}, {'type': 'image_url'}]}]}, 400, 'type text'),
     ('/v1/completions', {'prompt': ' '}, 400, 'no instruction'),
+    ('/api/generate', {'prompt': 'x', 'n': 2}, 400, 'n is not supported'),
     ('/api/chat', {'model': 'llama3', 'messages': [{'role': 'user', 'content': 'x'}]}, 404, "no model 'llama3'"),
     ('/api/generate', {'prompt': 'x', 'system': 'y'}, 400, 'no system message'),
     ('/api/generate', {'prompt': 'x', 'options': {'top_k': 'many'}}, 400, 'top_k'),
-    ('/api/show', {'model': 'llama3'}, 404, 'llama3'),
+    ('/api/show', {'name': 'llama3'}, 404, 'llama3'),
     ('/api/pull', {'model': 'llama3'}, 404, 'Not Found'),
 ])
 def test_refusals_are_clear_and_in_the_dialect(url, path, body, status, words):
@@ -297,6 +309,21 @@ def test_a_stream_shows_no_more_than_the_whole(monkeypatch):
             whole = serve.mask(text)
             for size in range(len(text)):
                 assert whole.startswith(serve.mask(text[:serve.final_size(text[:size])])), text[:size]
+
+
+def test_a_stream_with_a_stop_sequence_shows_no_more_either(monkeypatch):
+    monkeypatch.setattr(serve, 'chain', ['pii'])
+    monkeypatch.setattr(serve, 'models', {'m': SimpleNamespace(config=GPTConfig())}, raising=False)
+    text = 'Write to bob@example.com or pay with 4111 1111 1111 1111 now, please.'
+    for stop in ('#', '### End', 'a stop sequence of many words', 'please'):
+        answer = serve.Answer(('m', 'template'), 0, [stop], -1, SimpleNamespace(set=lambda: None), [1], 60)
+        new_ids, pieces = get_tokenizer().encode(text) + [50256], []
+        for new_id in new_ids:
+            answer.ids.append(new_id)
+            answer.finish_reason = 'stop' if new_id == 50256 else ''
+            answer.receive(None)
+            pieces.append(answer.take()[0])
+        assert ''.join(pieces) == 'Write to [email] or pay with [card] now, ' + 'please.' * (stop != 'please')
 
 
 @pytest.mark.parametrize('text, masked', [
@@ -347,6 +374,13 @@ def test_patterns_and_the_moderator(guarded):
     assert ''.join(chunk.choices[0].delta.content for chunk in stream) == '{"[masked]": 7}'
     with pytest.raises(openai.BadRequestError, match='moderator refused'):
         client.chat.completions.create(model='tiny-before', messages=[{'role': 'user', 'content': 'A bomb.'}])
+
+
+def test_a_moderator_that_takes_no_schema(run_folder):
+    """Its server is asked for JSON by the prompt alone, as in judge.py."""
+    with FakeJudge(lambda prompt: '{"score": 3}', forms=()) as judge, serving(
+            run_folder, '--filters=moderator', '--judge=openai', f'--judge_url={judge.url}', '--judge_model=llama3:latest') as (url, _):
+        assert chat(url, 'Hello.').ok
 
 
 def test_the_key(guarded):
@@ -405,14 +439,22 @@ def test_the_time_limit(run_folder):
         lines = open_stream(url, n=16, temperature=5).text
         assert lines.strip().endswith('[DONE]')
         wait_until(lambda: metric(url, 'active_rows') == 0)
+    # and of those that wait for room
+    with serving(run_folder, '--max_new_tokens=900', '--request_timeout=2', '--filters=', '--max_active=1') as (url, _), \
+            ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda _: chat(url, 'Tell.', max_tokens=900, temperature=5, n=4), range(3)))
+        assert {choice['finish_reason'] for reply in replies for choice in reply.json()['choices']} <= {'length', 'stop'}
+        assert '' in [choice['message']['content'] for reply in replies for choice in reply.json()['choices']]
+        assert max(reply.elapsed.total_seconds() for reply in replies) < 4
+        wait_until(lambda: metric(url, 'active_rows') == metric(url, 'waiting_rows') == 0)
 
 
 def test_sigterm_lets_answers_end(run_folder):
     """And all of it works with matrices in float16."""
     with serving(run_folder, '--max_new_tokens=900', '--filters=', '--dtype=float16') as (url, process):
         assert requests.get(url + '/api/tags').json()['models'][0]['details']['parameter_size'] == '3M'
-        whole = chat(url, 'Tell.', max_tokens=400, temperature=5).json()['choices'][0]['message']['content']
-        reply = open_stream(url, 'Tell.', temperature=5, max_tokens=400)
+        whole = chat(url, 'Tell.', max_tokens=400, temperature=5, seed=1).json()['choices'][0]['message']['content']
+        reply = open_stream(url, 'Tell.', temperature=5, seed=1, max_tokens=400)
         lines = reply.iter_lines(decode_unicode=True)
         first = next(lines)
         os.kill(process.pid, signal.SIGTERM)

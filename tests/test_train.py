@@ -131,12 +131,17 @@ def test_ctrl_c_saves_and_ends_cleanly(train, prepared, tmp_path):
     assert steps(train('--max_steps=30', '--init_from=resume', out='b')) == steps(whole)
 
 
-def test_resume_refuses_another_run(train):
+def test_resume_refuses_another_run(train, run, tmp_path):
     train('--max_steps=2')
     train('--max_steps=4', '--init_from=resume', '--n_embd=64', '--learning_rate=0.1', code=2)
     assert 'n_embd was 32, is 64' in train.shown.stderr and 'learning_rate was 0.001, is 0.1' in train.shown.stderr
     train('--init_from=resume', out='nothing', code=2)
     assert 'nothing/ckpt.pt' in train.shown.stderr
+    # the same rows, split otherwise: what was trained on may now be in val
+    meta = json.loads((tmp_path / 'data/tiny/train.json').read_text())
+    (tmp_path / 'data/tiny/train.json').write_text(json.dumps(meta | {'split_seed': 7}))
+    train('--max_steps=4', '--init_from=resume', code=2)
+    assert f'data_split_seed was {meta["split_seed"]}, is 7' in train.shown.stderr
 
 
 def test_accumulation_and_processes_are_one_step(train, tmp_path):
@@ -220,6 +225,7 @@ def test_rows_without_a_target_are_refused(train, tmp_path):
     (['--dataset=absent'], 'run: python prepare.py'),
     (['--block_size=32'], 'prepare.py --block_size=32'),
     (['--batch_size=0'], 'batch_size=0 must be at least 1'),
+    (['--max_steps=-1'], 'max_steps=-1 must be at least 0'),
     (['--n_head=3'], 'n_head'),
     (['--loss_on=prompt'], "loss_on='prompt' is none of answer, response, all"),
     (['--decay=none'], 'decay'),
