@@ -193,7 +193,7 @@ class GPT(nn.Module):
         """
         where: a name of RELEASED, or the path of OpenAI's, Hugging Face's or our own file or folder. Names
         are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), first from `weights`. mapped:
-        none is copied. -> a GPT in fp32 on the CPU, in training mode. ModelError names what is at fault.
+        no copy is made. -> a GPT in fp32 on the CPU, in training mode. ModelError names what is at fault.
         """
         if weights not in ('openai', 'huggingface'):
             raise ModelError(f"weights is 'openai' or 'huggingface', not {weights!r}")
