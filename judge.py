@@ -231,8 +231,8 @@ def judge_all(server, contests):
     questions = {group: [make_questions(*contest, rule_for_empty=group != 'empty')
                          for contest in contests[group]] for group in contests}
     to_ask = [question for rows in questions.values() for row in rows for question in row if question.prompt]
-    # a token is at least a byte, so this holds any prompt up to 32,768 and the retries; rounded, so that it
-    # seldom changes
+    # tokens. One is at least a byte, so this holds any prompt and the retries, up to 32,768; rounded, so that
+    # it seldom changes
     limit, schema = MAX_TOKENS[judge_style], SCHEMA if judge_style == 'score' else None
     longest = max([len(question.prompt.encode('utf-8', 'replace')) for question in to_ask], default=0)
     context = math.ceil((longest + TRIES * (limit + 100)) / 2048) * 2048

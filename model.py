@@ -327,12 +327,12 @@ class KVCache:
         return batch, logits
 
     def resize(self):
-        """Give each row a slot, and where the longest row needs it each slot CACHE_GROWTH positions more."""
+        """Give each row a slot, and each slot the positions of the longest row and more, so that it lasts."""
         longest, limit = max(len(row.ids) for row in self.rows), max(row.limit for row in self.rows)
         _, old_slots, _, old_length, _ = self.kv_cache[0].shape
-        length = old_length if longest <= old_length else min(longest + CACHE_GROWTH, limit)
-        slots = len(self.rows)
-        if length > old_length or slots > old_slots:
+        fits, slots = longest <= old_length <= limit + CACHE_GROWTH, len(self.rows)
+        length = old_length if fits else min(longest + CACHE_GROWTH, limit)
+        if length != old_length or slots > old_slots:
             for layer, kv in enumerate(self.kv_cache):
                 self.kv_cache[layer] = F.pad(kv, (0, 0, 0, length - old_length, 0, 0, 0, slots - old_slots))
 

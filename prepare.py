@@ -23,7 +23,6 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -133,7 +132,9 @@ def find_sources(source):
     for name in filter(None, map(str.strip, source.split(','))):
         if name.startswith(('http://', 'https://')):
             from model import download  # here, as files at hand need no torch
-            mark, last = hashlib.sha256(name.encode()).hexdigest()[:8], Path(urlsplit(name).path).name
+            mark, last = hashlib.sha256(name.encode()).hexdigest()[:8], name.rsplit('/', 1)[1]
+            if '.' in last.partition('?')[0]:  # rows.jsonl.gz?download=true: the ending tells the form
+                last = last.partition('?')[0]
             paths[name] = download([name], Path('data', dataset, f'download-{mark}-{last}'))
         else:
             found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))

@@ -68,8 +68,7 @@ def newest(paths):
 def find_run(out_dir, init_from):
     """-> the .json of the newest run in out_dir; None if there is none, or a flag names another model than
     the one it came from."""
-    run = newest(Path(out_dir).glob('*-sft.json'))
-    is_flag = any(flag.startswith('--init_from=') for flag in sys.argv)
+    run, is_flag = newest(Path(out_dir).glob('*-sft.json')), f'--init_from={init_from}' in sys.argv
     if not run and init_from in ('', 'scratch', 'resume'):
         raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
     origin = run and json.loads(run.read_text(encoding='utf-8'))['init_from']
@@ -299,8 +298,9 @@ if __name__ == '__main__':
         label(model, about)
     else:
         out.mkdir(parents=True, exist_ok=True)
-        # a released model is what tuned ones are compared with, and so is one that answers instead of the run
-        is_baseline = not (run or adapter) and (init_from in RELEASED or any(out.glob('*-sft.json')))
+        # a released model is what tuned ones are compared with, and so is what answers instead of the run
+        is_untuned = init_from in RELEASED and not adapter
+        is_baseline = not run and (is_untuned or any(out.glob('*-sft.json')))
         predict(model, BEFORE if is_baseline else PREDICTIONS, about)
         if run and before:
             del model

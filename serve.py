@@ -149,6 +149,8 @@ class Answer(Row):
 
     def receive(self, logprobs):
         """Take over the id of a step. A stop sequence ends the answer before it."""
+        if self.ended:  # while the step was computed
+            return
         new_tokens.inc()
         if not self.first_token:
             self.first_token = time.monotonic()
@@ -162,6 +164,8 @@ class Answer(Row):
         places = [self.text.index(stop) for stop in self.stop if stop in self.text]
         if places:
             self.text, self.ended = self.text[:min(places)], 'stop'
+        if time.monotonic() - self.began > request_timeout:
+            self.ended = self.ended or 'length'
         self.changed.set()
 
     def take(self):
@@ -205,6 +209,7 @@ async def compute():
     """The task that computes: steps of all batches, in a thread, so that requests are read meanwhile."""
     while True:
         for batch, cache in caches.items():
+            waiting[:] = [answer for answer in waiting if not answer.ended]
             joining = [answer for answer in waiting if answer.batch == batch][:max_active - n_active()]
             waiting[:] = [answer for answer in waiting if answer not in joining]
             if joining or cache.rows:
@@ -243,7 +248,7 @@ NEUTRAL = {  # of settings that are not built OpenAI's clients may send these va
     'response_format': {'type': 'text'}, 'echo': False, 'suffix': ''}
 
 def known(name):
-    """-> the name of a model, if there is such a one; else HTTPException."""
+    """-> the name, if a model has it; else HTTPException."""
     if name not in models:
         raise HTTPException(404, f'there is no model {name!r}; there are: {", ".join(models)}')
     return name
@@ -278,7 +283,7 @@ async def submit(ask, kind, top_logprobs):
     text = (ask.messages[-1].get('content') or '') if ask.messages else ask.prompt
     if not isinstance(text, str):
         if any(part.get('type') != 'text' for part in text):
-            raise HTTPException(400, 'a message may have parts of type text alone')
+            raise HTTPException(400, 'a message may have only parts of type text')
         text = ''.join(str(part.get('text', '')) for part in text)
     if not text.strip():
         raise HTTPException(400, 'there is no instruction')
@@ -310,7 +315,7 @@ async def pieces(answers, stream):
             try:
                 async with asyncio.timeout_at(answers[0].began + request_timeout):
                     await its_changed.wait()
-            except TimeoutError:
+            except TimeoutError:  # some may still wait for room
                 for answer in left:
                     answer.ended = answer.ended or 'length'
             its_changed.clear()
@@ -326,7 +331,6 @@ async def pieces(answers, stream):
     finally:
         for answer in left:
             answer.ended = 'cancelled'
-        waiting[:] = [answer for answer in waiting if not answer.ended]
 
 async def check_key(request: Request):
     key, sent = os.environ.get('SERVE_API_KEY'), request.headers.get('authorization', '')

@@ -115,7 +115,7 @@ if meta['sha256'] != data['val'][1]['sha256']:
     raise UserError(f'train and val of data/{dataset} come from different rows; run: python prepare.py')
 
 # resume: the checkpoint must agree in the data and in all that shapes the weights; these knobs may change. A
-# schedule goes on as if its number of steps had always been that of now
+# schedule follows the new number of steps from here on
 RESUME_MAY_CHANGE = {
     'init_from', 'out_dir', 'weights', 'cache_dir', 'batch_size', 'gradient_accumulation_steps', 'epochs',
     'max_steps', 'eval_interval', 'eval_iters', 'sample_every_epoch', 'save_interval', 'keep_best',
@@ -129,7 +129,7 @@ if init_from == 'resume':
         raise UserError(f'cannot resume from {out}/ckpt.pt ({reason}): '
                         'start without --init_from=resume') from error
     now = config | {'data': meta['sha256'], 'examples_per_step': examples_per_step, **data_split}
-    # checkpoints of older versions do not tell the numbers of examples
+    # checkpoints of older versions tell neither the number of examples nor the split
     was = {'examples_per_step': saved.get('examples_per_step', examples_per_step)} | saved.get('split', {})
     was |= saved['config'] | {'data': saved['sha256']}
     differences = [f'{key} was {was[key]!r}, is {now[key]!r}' for key in now
@@ -446,5 +446,5 @@ if not keep_best or progress['best'] == math.inf:
     save_model()
 if rank == 0:
     draw_losses(out / 'loss.png')
-files = ', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))
-print0(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}; {out}/ has {files}')
+    files = ', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))
+    print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}; {out}/ has {files}')

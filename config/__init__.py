@@ -218,10 +218,8 @@ def read_jsonl(path):
 
 CONVENTIONS = [  # what instruction, input and output are called; an input may be missing
     ('instruction', 'input', 'output'),  # Alpaca
-    ('instruction', 'context', 'output'),
     ('instruction', 'context', 'response'),  # Dolly
     ('prompt', 'input', 'completion'),
-    ('prompt', 'context', 'completion'),
     ('question', 'context', 'answer')]
 CHATS = 'messages', 'conversations'  # fields of chats, lists of {role or from, content or value}
 ROLES = {'human': 'user', 'gpt': 'assistant'}  # other names of them
@@ -255,15 +253,17 @@ def to_row(value, conventions, needed):
             row |= first_exchange(row.pop(chat), 'output' in needed)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f'its {chat} are wrong: {error!r}') from error
-    # the convention of which it has most: instruction and output, or one of them; then the input. Names that
-    # the user gave come first
-    names = max(conventions, key=lambda names: (len(row.keys() & names[::2]),
-                                                names not in CONVENTIONS or names[1] in row))
+    # the convention of which it has most: instruction and output, or one of them
+    names = max(conventions, key=lambda names: len(row.keys() & names[::2]))
     row |= {key: row.pop(name) for key, name in zip(CONVENTIONS[0], names) if name in row}
+    if names in CONVENTIONS and 'input' not in row and isinstance(row.get('context'), str):
+        row['input'] = row.pop('context')  # which may go with the other names of any convention
     for key in needed:
         if key not in row:
-            advice = ': --fields=instruction:...,output:...' if 'output' in needed else ' by renaming it'
-            raise ValueError(f'{key} is missing; say which of {", ".join(map(str, value))} it is{advice}')
+            names = ', '.join(map(str, value))
+            raise ValueError(f'{key} is missing; ' + (
+                f'say which of {names} it is: --fields=instruction:...,output:...' if 'output' in needed
+                else f'rename the one of {names} that it is'))
         if not isinstance(row[key], str):
             raise ValueError(f'{key} is {row[key]!r}')
     if not row['instruction'].strip():

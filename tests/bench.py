@@ -396,11 +396,12 @@ def bench_tricks(args, data):
     for trick, what, more, flags in (
             ('keep_freed_memory', 'generate', 110, AS_TORCH_COMES), ('keep_freed_memory', 'step', 'prefix', AS_TORCH_COMES),
             ("oneDNN's product for few rows", 'generate', 110, ('--without=onednn',)),
+            ("oneDNN's product for few rows", 'generate', 1, ('--without=onednn',)),
             ('blocks updated in backward', 'step', 'prefix', ('--without=backward',))):
         turns = [(child(what, args.size, more), child(what, args.size, more, flags=flags)) for _ in range(args.turns)]
         used, unused = ({key: statistics.median(result[key] for result in results) for key in ('seconds', 'peak')}
                         for results in zip(*turns))
-        rows.append((trick, what, two(used['seconds']), two(unused['seconds']), two(used['peak'] / 1e9), two(unused['peak'] / 1e9)))
+        rows.append((trick, f'{what}, {more}', two(used['seconds']), two(unused['seconds']), two(used['peak'] / 1e9), two(unused['peak'] / 1e9)))
     table(f'tricks, {args.size}', ('trick', 'measured on', 's', 's without', 'peak GB', 'peak GB without'), rows)
 
 

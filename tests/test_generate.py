@@ -75,6 +75,18 @@ def test_rows_that_do_not_fit_wait(model, prompts, monkeypatch):
     assert max(sizes) == 3 and len(sizes) > 2 * NEW  # not all at once
 
 
+def test_the_cache_is_no_longer_than_its_rows_may_become(model, monkeypatch):
+    monkeypatch.setattr(model_module, 'CACHE_GROWTH', 4)
+    config, lengths = GPTConfig(block_size=BLOCK, vocab_size=VOCAB), []
+    cache = model_module.KVCache(model, [])
+    for prompt_size, new in ((5, 3), (5, 9), (BLOCK - 3, 2), (5, 3)):
+        cache.step([model_module.Row(config, [1] * prompt_size, new, eos=-1)])
+        while cache.rows:
+            lengths.append(cache.kv_cache[0].size(3))
+            cache.step([])
+    assert lengths == [8] * 2 + [8] * 4 + [13] * 4 + [BLOCK - 1] + [8] * 2
+
+
 def test_small_chunks(model, prompts, monkeypatch):
     expected = [naive(model, p) for p in prompts]
     monkeypatch.setattr(model_module, 'PREFILL_CHUNK', 16)

@@ -131,7 +131,7 @@ def test_ctrl_c_saves_and_ends_cleanly(train, prepared, tmp_path):
     assert steps(train('--max_steps=30', '--init_from=resume', out='b')) == steps(whole)
 
 
-def test_resume_refuses_another_run(train, run, tmp_path):
+def test_resume_refuses_another_run(train, tmp_path):
     train('--max_steps=2')
     train('--max_steps=4', '--init_from=resume', '--n_embd=64', '--learning_rate=0.1', code=2)
     assert 'n_embd was 32, is 64' in train.shown.stderr and 'learning_rate was 0.001, is 0.1' in train.shown.stderr
