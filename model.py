@@ -47,7 +47,7 @@ class CorruptFile(ModelError):
 # --- the network
 
 def linear(x, weight, bias=None):
-    """F.linear; for the few rows of generation on a CPU by oneDNN, as torch.compile does: 9 % less time."""
+    """F.linear; for the few rows of generation on a CPU by oneDNN: one prompt takes 18 % less time."""
     is_fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
     few_rows = torch.is_inference_mode_enabled() and x.numel() <= MAX_ROWS * x.size(-1)
     if ONEDNN and is_fp32 and few_rows and x.device.type == 'cpu':
