@@ -616,7 +616,7 @@ def judge_lines(scores):
     lines, (lowest, highest), paired = [], scores['scale'], scores.get('paired')
     for side, totals in scores['summary'].items():
         rows, failed = totals['scored'] + totals['empty'] + totals['failed'], totals['failed']
-        by_rule = 'decided by rule' if scores['style'] == 'pairwise' else f'{lowest} by rule'
+        by_rule = 'decided by rule' if lowest < 0 else f'{lowest} by rule'
         lines.append(f'{side}: {format_interval(totals["score"])} on {lowest} to {highest} by '
                      f'{scores["judge"]["model"]}, over {rows - failed:,} of {rows:,} rows, '
                      f'{totals["empty"]:,} empty ({by_rule}), {failed:,} failed')

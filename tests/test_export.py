@@ -562,5 +562,5 @@ def test_the_demo_answers_alike_everywhere(tmp_path_factory):
             assert one.generate(prompts[:300], 24) == answers[:300], name
     # and the exported folder is a model for sample.py, too
     stage(folder, 'sample.py', config, '--init_from=out/demo/export/huggingface', '--out_dir=out/again')
-    again = json.loads((folder / 'out/again/instruction-data-with-response-before.json').read_text())
+    again = json.loads((folder / 'out/again/instruction-data-with-response.json').read_text())
     assert [row['model_response'] for row in again] == [get_tokenizer().decode(ids).strip() for ids in answers]

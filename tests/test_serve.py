@@ -432,21 +432,15 @@ def test_a_client_that_goes_away_frees_its_rows(url, stream):
 
 
 def test_the_time_limit(run_folder):
-    with serving(run_folder, '--max_new_tokens=900', '--request_timeout=1', '--filters=') as (url, _):
+    """It ends those that are computed with what they have, and those that wait for room with nothing."""
+    with serving(run_folder, '--max_new_tokens=900', '--request_timeout=1', '--filters=', '--max_active=8') as (url, _):
+        began = time.monotonic()
         reply = chat(url, 'Tell.', n=16, max_tokens=900, temperature=5, seed=1).json()
-        assert {choice['finish_reason'] for choice in reply['choices']} == {'length'}
-        assert 0 < reply['usage']['completion_tokens'] < 16 * 800
+        assert time.monotonic() - began < 4
+        assert {'length'} <= {choice['finish_reason'] for choice in reply['choices']} <= {'length', 'stop'}
+        assert 0 < reply['usage']['completion_tokens'] < 8 * 800 and '' in [choice['message']['content'] for choice in reply['choices']]
         lines = open_stream(url, n=16, temperature=5).text
         assert lines.strip().endswith('[DONE]')
-        wait_until(lambda: metric(url, 'active_rows') == 0)
-    # and of those that wait for room
-    with serving(run_folder, '--max_new_tokens=900', '--request_timeout=2', '--filters=', '--max_active=1') as (url, _), \
-            ThreadPoolExecutor(3) as pool:
-        began = time.monotonic()
-        replies = list(pool.map(lambda _: chat(url, 'Tell.', max_tokens=900, temperature=5, n=4), range(3)))
-        assert time.monotonic() - began < 4  # twelve answers, one at a time
-        assert {choice['finish_reason'] for reply in replies for choice in reply.json()['choices']} <= {'length', 'stop'}
-        assert '' in [choice['message']['content'] for reply in replies for choice in reply.json()['choices']]
         wait_until(lambda: metric(url, 'active_rows') == metric(url, 'waiting_rows') == 0)
 
 
