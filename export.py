@@ -335,9 +335,7 @@ if __name__ == '__main__':
         raise UserError(f'to={to!r} needs packages: pip install {" ".join(missing)}')
     if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
         raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
-    run = find_run(out_dir, init_from)
-    if not run and f'--init_from={init_from}' not in sys.argv:
-        raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
+    run = find_run(out_dir, init_from, is_needed=True)
     base = json.loads(run.read_text(encoding='utf-8'))['init_from'] if run else init_from
     hub_name = f'openai-community/{base}' if base in RELEASED else base
     for name in formats:

@@ -65,11 +65,11 @@ HEADER_WORDS = '### Response:'  # which some models say again
 def newest(paths):
     return max(paths, key=os.path.getmtime, default=None)
 
-def find_run(out_dir, init_from):
+def find_run(out_dir, init_from, is_needed=False):
     """-> the .json of the newest run in out_dir; None if there is none, or a flag names another model than
-    the one it came from."""
+    the one it came from. is_needed: without a run a flag must name the model. Raises UserError."""
     run, is_flag = newest(Path(out_dir).glob('*-sft.json')), f'--init_from={init_from}' in sys.argv
-    if not run and init_from in ('', 'scratch', 'resume'):
+    if not run and (init_from in ('scratch', 'resume') or is_needed and not is_flag):
         raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
     origin = run and json.loads(run.read_text(encoding='utf-8'))['init_from']
     return None if is_flag and init_from not in ('resume', origin) else run

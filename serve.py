@@ -209,9 +209,9 @@ async def compute():
     """The task that computes: steps of all batches, in a thread, so that requests are read meanwhile."""
     while True:
         for batch, cache in caches.items():
-            waiting[:] = [answer for answer in waiting if not answer.ended]
-            joining = [answer for answer in waiting if answer.batch == batch][:max_active - n_active()]
-            waiting[:] = [answer for answer in waiting if answer not in joining]
+            joining = [answer for answer in waiting if answer.batch == batch and not answer.ended]
+            joining = joining[:max_active - n_active()]
+            waiting[:] = [answer for answer in waiting if not answer.ended and answer not in joining]
             if joining or cache.rows:
                 work = thread.submit(step, cache, joining)
                 for answer, logprobs in await asyncio.wrap_future(work):
@@ -425,8 +425,8 @@ async def ollama_json(ask, answers, is_chat, stream, pieces):
         content = {'message': {'role': 'assistant', 'content': text}} if is_chat else {'response': text}
         part = {'model': ask.model, 'created_at': now(), **content, 'done': bool(answer.ended)}
         if answer.ended:
-            now_s = time.monotonic()
-            ns = [int(1e9 * (t - answer.began)) for t in (answer.first_token or now_s, now_s)]
+            end = time.monotonic()
+            ns = [int(1e9 * (t - answer.began)) for t in (answer.first_token or end, end)]
             part |= {'done_reason': answer.ended, 'total_duration': ns[1], 'load_duration': 0,
                      'prompt_eval_count': answer.prompt_size, 'prompt_eval_duration': ns[0],
                      'eval_count': len(answer.new_ids), 'eval_duration': ns[1] - ns[0]}

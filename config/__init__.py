@@ -260,10 +260,10 @@ def to_row(value, conventions, needed):
         row['input'] = row.pop('context')  # which may go with the other names of any convention
     for key in needed:
         if key not in row:
-            names = ', '.join(map(str, value))
+            there = ', '.join(map(str, value))
             raise ValueError(f'{key} is missing; ' + (
-                f'say which of {names} it is: --fields=instruction:...,output:...' if 'output' in needed
-                else f'rename the one of {names} that it is'))
+                f'say which of {there} it is: --fields=instruction:...,output:...' if 'output' in needed
+                else f'rename the one of {there} that it is'))
         if not isinstance(row[key], str):
             raise ValueError(f'{key} is {row[key]!r}')
     if not row['instruction'].strip():
