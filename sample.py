@@ -1,308 +1,337 @@
 """
-Answer the test split with the fine-tuned model and with the one it came from; or one prompt; or talk; or
-label rows by the majority of sampled answers (self-consistency, Wang et al. 2022; as labels to train on,
-Huang et al. 2022).
+Answer the test split with the fine-tuned model and with the one it came from; or one prompt; or talk.
 
     python sample.py config/sft_medium.py
     python sample.py config/sft_medium.py --prompt="Rewrite in passive voice." --input="The cat ate the fish."
     python sample.py config/sft_medium.py --interactive=True
-    python sample.py config/sft_medium.py --self_consistency=8 --prompts=unlabelled.json
     torchrun --nproc_per_node=2 sample.py config/sft_medium.py
 """
-import hashlib
-import itertools
 import json
-import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
+
+from config import (
+    UserError,
+    check_made_of,
+    configure,
+    read_json,
+    read_jsonl,
+    sha256_of,
+    sha256_of_file,
+    write_json,
+)
+from engine import choose_device, for_inference, generate, join_processes
+from lora import load_adapter, merge_lora
+from model import GPT, RELEASED, GPTConfig, ModelError, fingerprint
+from prepare import (
+    IGNORE,
+    RESPONSE_HEADER,
+    VOCAB_SIZE,
+    data_hash,
+    detokenize,
+    encode_prompt,
+    make_batch,
+    read_split,
+)
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-from config import UserError, configure, init_device, read_jsonl, read_rows, write_json
-from lora import for_inference, init_for_copying, load_adapter
-from model import GPT, RELEASED, GPTConfig, ModelError
-from prepare import IGNORE, detokenize, encode_prompt, make_batch, read_split
 
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
 init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what answers
 adapter = ''  # an adapter.safetensors to put on init_from
-weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
-cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
+download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
+cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 # what is answered
 dataset = 'instruction-data'  # its test split
+other_data = False  # let a run answer a test split that is not its own, whose rows it may have learned
 before = True  # let the model before fine-tuning answer the test split too
 prompt = ''  # one instruction instead
 input = ''  # and its input
 interactive = False  # talk with the terminal instead
-self_consistency = 0  # answers sampled to each row of `prompts`; what most of them say becomes its output
-prompts = ''  # a file of rows, as prepare.py reads them; where they have an output, it checks the label
-min_agreement = 0.5  # rows with a smaller share of answers for their label are left out
 questions = ''  # a JSONL file of questions instead, like data/questions.jsonl; for judge_style=mtbench
 # generation
-max_new_tokens = 256
-temperature = 0.0  # 0: greedy
-top_k = 0  # sample among the k likeliest; 0: among all
+max_new_tokens = 256  # [>= 1]
+temperature = 0.0  # 0: greedy [>= 0]
+top_k = 0  # sample among the k likeliest; 0: among all [>= 0]
 seed = 123  # of the sampling
 # device
-device = 'auto'  # 'auto', 'cpu', 'cuda', 'mps'
-dtype = 'auto'  # 'float32', 'bfloat16', 'float16' (on a CPU of the matrices alone); 'auto': as in train.py
+device = 'auto'  # [auto | cpu | cuda | mps]
+dtype = 'auto'  # auto: the GPU's best on cuda, else float32 [auto | float32 | bfloat16 | float16]
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-PREDICTIONS, BEFORE = 'instruction-data-with-response', 'instruction-data-with-response-before'
-LABELS = 'pseudo-labels'
-out = Path(out_dir)
-HEADER_WORDS = '### Response:'  # which some models say again
+PREDICTIONS = 'instruction-data-with-response'
+BEFORE = 'instruction-data-with-response-before'
 
-# --- load: the run's model, or the one that init_from names
+# -----------------------------------------------------------------------------
+# the model that answers: the run's, or the one that init_from names
+
+class Loaded(NamedTuple):
+    model: GPT
+    name: str  # for people
+    made_of: dict  # the fingerprint of its weights, and for a run what it was made of
+
 
 def newest(paths):
     return max(paths, key=os.path.getmtime, default=None)
 
-def find_run(out_dir, init_from, is_needed=False):
-    """-> the .json of the newest run in out_dir; None if there is none, or a flag names another model than
-    the one it came from. is_needed: without a run a flag must name the model. Raises UserError."""
-    run, is_flag = newest(Path(out_dir).glob('*-sft.json')), f'--init_from={init_from}' in sys.argv
-    if not run and (init_from in ('scratch', 'resume') or is_needed and not is_flag):
-        raise UserError(f'{out_dir} has no run: train one, or name a model by --init_from=')
-    origin = run and json.loads(run.read_text(encoding='utf-8'))['init_from']
-    return None if is_flag and init_from not in ('resume', origin) else run
 
-def load_before(made, cache_dir, weights):
-    """-> the model that a run started from; if that is 'scratch', made again from its shape and config."""
-    if made['init_from'] != 'scratch':
-        return GPT.from_pretrained(made['init_from'], cache_dir, weights)
-    torch.manual_seed(made['config']['seed'])
-    model = GPT(GPTConfig(**made['model']))
-    if made['config'].get('init') == 'copying':
-        init_for_copying(model)
-    return model
+def find_run(config):
+    """
+    The .json of the newest run in out_dir; None if a flag names another model than the one it came from, or
+    if there is no run but a model is named. UserError if there is neither.
+    """
+    out = Path(config['out_dir'])
+    run = newest(out.glob('*-sft.json'))
+    named = config['init_from'] if 'init_from' in config.flags else ''
+    if run and (not named or named in ('resume', read_json(run)['init_from'])):
+        return run
+    is_named = named or 'init_from' in config.files
+    if not run and (not is_named or config['init_from'] in ('scratch', 'resume')):
+        there = 'has no run' if out.exists() else 'does not exist'
+        raise UserError(f'{out} {there}: train one with python train.py, or name a model with --init_from=gpt2')
+    return None
 
-# --- answer
+
+def load_run(run):
+    """The model of a run's .json. UserError if the weights beside it are others."""
+    about = read_json(run)
+    path = run.with_suffix('.pth')
+    model = GPT.from_pretrained(path, vocab_size=VOCAB_SIZE)
+    weights = fingerprint(dict(model.named_parameters()))
+    check_made_of(run, about, {'weights': weights}, f'{path} was replaced')
+    made_of = about.get('made_of', {}) | {'weights': weights, 'source rows': about['sha256']}
+    return Loaded(model, f'{path} (step {about["step"]}, val loss {about["val_loss"]:.4f})', made_of)
+
+
+def load_named(where, cache_dir='', download_from='openai', adapter=''):
+    """A model by name or path, and the adapter, merged, if one is named."""
+    model = GPT.from_pretrained(where, cache_dir, download_from, vocab_size=VOCAB_SIZE)
+    if adapter:
+        load_adapter(model, adapter)
+        merge_lora(model)
+    name = f'{where} with {adapter}' if adapter else where
+    return Loaded(model, name, {'weights': fingerprint(dict(model.named_parameters()))})
+
+
+def load_base(run, cache_dir='', download_from='openai'):
+    """The model that a run started from. UserError if that is another one by now."""
+    about = read_json(run)
+    if about['init_from'] == 'scratch':  # made again from its shape and seed
+        torch.manual_seed(about['config']['seed'])
+        model = GPT(GPTConfig(**about['model']))
+    else:
+        model = GPT.from_pretrained(about['init_from'], cache_dir, download_from, vocab_size=VOCAB_SIZE)
+    made_of = {'base weights': fingerprint(dict(model.named_parameters()))}
+    check_made_of(run, about.get('made_of', {}), made_of,
+                  f'{about["init_from"]} is not what it was: --before=False leaves it out')
+    name = f'{about["init_from"]} (before fine-tuning)'
+    return Loaded(model, name, {'weights': made_of['base weights']})
+
+
+# -----------------------------------------------------------------------------
+# answers
 
 def response_text(ids):
-    """New ids -> the answer's text."""
-    return detokenize(ids).strip().removeprefix(HEADER_WORDS).strip()
+    """New ids -> the answer's text. Some models say the header again."""
+    return detokenize(ids).strip().removeprefix(RESPONSE_HEADER.strip()).strip()
 
-def answer(model, rows, on_done, samples=1):
-    """Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends.
-    With samples there are so many answers to a row, one after the other."""
+
+def answer(model, rows, on_done, settings, seeds=None):
+    """
+    Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends.
+    settings: max_new_tokens, temperature, top_k, seed. seeds: one for each row instead.
+    """
     prompts = [encode_prompt(row) for row in rows]
+    limit = settings['max_new_tokens']
 
     def finish(i, ids):
-        limit = min(max_new_tokens, model.config.block_size - len(prompts[i // samples]))
-        on_done(i, {'model_response': response_text(ids), 'truncated': len(ids) == limit})
+        its_limit = min(limit, model.config.block_size - len(prompts[i]))
+        on_done(i, {'model_response': response_text(ids), 'truncated': len(ids) == its_limit})
 
-    with autocast:
-        model.generate(prompts, max_new_tokens, temperature, top_k, seed, on_done=finish, samples=samples)
+    generate(model, prompts, limit, settings['temperature'], settings['top_k'], seeds or settings['seed'],
+             on_done=finish)
 
-def print_answer(model, instruction, input):
-    row = {'instruction': instruction, 'input': input}
-    answer(model, [row], lambda i, result: print(result['model_response']))
 
 @torch.inference_mode()
-def reference_losses(model, data, numbers, device='cpu'):
-    """-> per row number {'reference_loss': nats per token of the reference answer, 'reference_tokens'}."""
-    results = {}
+def reference_losses(model, data, device='cpu'):
+    """For each row {'reference_loss': nats per token of the reference answer, 'reference_tokens'}."""
+    results = []
+    numbers = range(len(data.meta['start']))
     for i in range(0, len(numbers), 8):
         batch = make_batch(data, numbers[i:i + 8], packing=False)
-        ids, targets, positions = (torch.from_numpy(array).to(device) for array in batch[:3])
-        losses = model(ids, targets, positions, loss_reduction='none')[1]
-        counts = (targets != IGNORE).sum(1).tolist()
-        for number, loss in zip(numbers[i:i + 8], losses.split(counts)):
-            results[number] = {'reference_loss': loss.mean().item(), 'reference_tokens': len(loss)}
+        ids, targets, positions = [torch.from_numpy(array).to(device) for array in batch[:3]]
+        losses = model(ids, targets, positions, loss_reduction='none')
+        for its_losses in losses.split((targets != IGNORE).sum(1).tolist()):
+            results.append({'reference_loss': its_losses.mean().item(), 'reference_tokens': len(its_losses)})
     return results
 
-# --- write
 
-def answer_all(model, rows, name, about, samples=1):
-    """Answer rows, shared among the processes -> {i: result of the i-th answer}, `samples` of each row, one
-    after the other. Answers that an interrupted run left in out_dir/<name>.part* are not computed again."""
-    # each answer is appended to a part file as it comes, under a hash of all that could change it
-    settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
-    text = json.dumps([about, vars(model.config), settings, rows, samples])
-    key = hashlib.sha256(text.encode()).hexdigest()
-    written = [one for part in sorted(out.glob(f'{name}.part*')) for one in read_jsonl(part)]
-    results = {one.pop('row'): one for one in written if one.pop('key') == key}
+def answer_all(loaded, rows, path, settings, rank, world_size, seeds=None):
+    """
+    Answer rows, shared among the processes: the list of their results. Each answer is appended to
+    <path>.part<rank> as it comes, so that an interrupted run computes none again.
+    """
+    # a hash of all that could change an answer, so that no other model's is taken
+    key = sha256_of([loaded.made_of['weights'], settings, rows, seeds])
+    results = {}
+    for part in sorted(path.parent.glob(f'{path.name}.part*')):
+        for record in read_jsonl(part):
+            if record.pop('key') == key:
+                results[record.pop('row')] = record
     if results and rank == 0:
-        print(f'{len(results)} of {len(rows) * samples} answers are there already')
+        print(f'{len(results)} of {len(rows)} answers are there already')
     if world_size > 1:
         dist.barrier()  # all have read before one writes
-    todo = [i for i in range(len(rows)) if not all(i * samples + n in results for n in range(samples))]
-    todo = todo[rank::world_size]
-    bar = tqdm(total=len(todo) * samples, unit='answer', disable=None if rank == 0 else True)
-    with open(out / f'{name}.part{rank}', 'a', encoding='utf-8') as file:
+    todo = [i for i in range(len(rows)) if i not in results][rank::world_size]
+    bar = tqdm(total=len(todo), unit='answer', disable=None if rank == 0 else True)
+    with open(f'{path}.part{rank}', 'a', encoding='utf-8') as file:
         file.write('\n')  # ends a line at which it was killed
 
         def on_done(i, result):
-            number = todo[i // samples] * samples + i % samples
-            results[number] = result
-            file.write(json.dumps({'key': key, 'row': number, **result}) + '\n')
+            results[todo[i]] = result
+            file.write(json.dumps({'key': key, 'row': todo[i], **result}) + '\n')
             file.flush()
             bar.update()
 
-        answer(model, [rows[i] for i in todo], on_done, samples)
+        answer(loaded.model, [rows[i] for i in todo], on_done, settings, seeds and [seeds[i] for i in todo])
     bar.close()
-    everyones = [results]
     if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, results)
-    return {i: result for one in everyones for i, result in one.items()}
+        from_each = [None] * world_size
+        dist.all_gather_object(from_each, results)
+        for others in from_each:
+            results |= others
+    return [results[i] for i in range(len(rows))]
 
-def write_answers(name, rows, about, **more):
-    """out_dir/<name>.json, and its provenance in <name>.about.json; the part files are no longer needed."""
-    write_json(out / f'{name}.json', rows)
-    write_json(out / f'{name}.about.json', {'model': about, 'config': config, **more})
-    for part in out.glob(f'{name}.part*'):
+
+def write_answers(path, rows, loaded, made_of, config, **more):
+    """<path>.json, and in <path>.about.json what it was made of; the part files are no longer needed."""
+    write_json(f'{path}.json', rows)
+    about = {'model': loaded.name, 'config': config, 'made_of': loaded.made_of | made_of,
+             'sha256': sha256_of_file(f'{path}.json')}
+    write_json(f'{path}.about.json', about | more)
+    for part in path.parent.glob(f'{path.name}.part*'):
         part.unlink()
 
-def predict(model, name, about):
-    """Answer the test split into out_dir/<name>.json."""
-    data = read_split(dataset, 'test')
-    rows = data[1]['rows']
-    results = answer_all(model, rows, name, about)
-    if rank == 0:
-        with autocast:
-            losses = reference_losses(model, data, list(range(len(rows))), device)
-        rows = [row | results[i] | losses[i] for i, row in enumerate(rows)]
-        write_answers(name, rows, about)
-        stopped = sum(not row['truncated'] for row in rows)
-        print(f'{len(rows)} answers of {about}, {stopped} of them ended by themselves: '
-              f'wrote {out / name}.json')
 
-# --- labels by self-consistency
-
-def vote(candidates):
-    """
-    Sampled answers -> (label, agreement). Answers that differ in case, white space and a full stop at the end
-    vote together, for what most of them say word for word. agreement: the share of all answers that vote for
-    the label; empty ones and those cut at the limit have no vote. Of a tie the answer sampled first wins.
-    """
-    votes = {}
-    for candidate in candidates:
-        text = candidate['model_response']
-        if text and not candidate['truncated']:
-            votes.setdefault(' '.join(text.lower().split()).rstrip('.'), []).append(text)
-    winners = max(votes.values(), key=len, default=[''])
-    return Counter(winners).most_common(1)[0][0], len(winners) / len(candidates) if votes else 0.0
-
-def reliability(rows):
-    """Rows with agreement and reference -> per range of agreement, what share of the labels is right."""
-    try:
-        from scipy.stats import binomtest
-    except ImportError:
-        print('labels are not compared with the outputs: pip install scipy')
-        return []
-    table = []
-    for low, high in itertools.pairwise((0, 0.25, 0.5, 0.75, 1, math.inf)):
-        inside = [row for row in rows if low <= row['agreement'] < high]
-        right = sum(row['output'].strip() == row['reference'].strip() for row in inside)
-        if inside:
-            share = binomtest(right, len(inside)).proportion_ci(method='wilson')
-            table.append({
-                'from': low, 'to': min(high, 1), 'rows': len(inside),
-                'right': {'value': right / len(inside), 'low': float(share.low), 'high': float(share.high)}})
-    return table
-
-def label(model, about):
-    """Give each row of `prompts` what most sampled answers say as its output: out_dir/pseudo-labels.json."""
-    rows = [row | ({'reference': row['output']} if row.get('output') else {})
-            for row in read_rows(prompts, is_answered=False)]
-    results = answer_all(model, rows, LABELS, about, self_consistency)
-    for i, row in enumerate(rows):
-        candidates = [results[i * self_consistency + n] for n in range(self_consistency)]
-        row['output'], row['agreement'] = vote(candidates)
-        row['candidates'] = [one['model_response'] for one in candidates]
-        row['truncated'] = sum(one['truncated'] for one in candidates)
-    labelled = [row for row in rows if row['output'] and row['agreement'] >= min_agreement]
+def predict(loaded, data, path, config, device, rank, world_size):
+    """Answer the rows of a Split into <path>.json."""
+    rows = data.meta['rows']
+    settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
+    results = answer_all(loaded, rows, path, settings, rank, world_size)
     if rank > 0:
         return
-    checked = [row for row in rows if 'reference' in row]
-    table = reliability(checked) if checked else []
-    left_out = len(rows) - len(labelled)
-    write_answers(LABELS, labelled, about, labelled=len(labelled), left_out=left_out, reliability=table)
-    if table:
-        print('\nagreement     rows  right')
-    for line in table:
-        share = '{value:6.1%} [{low:.1%}, {high:.1%}]'.format(**line['right'])
-        print(f'{line["from"]:.2f} to {line["to"]:.2f}{line["rows"]:6}  {share}')
-    print(f'{len(labelled)} of {len(rows)} rows got a label, to the other {left_out} too few answers agree: '
-          f'wrote {out / LABELS}.json')
+    losses = reference_losses(loaded.model, data, device)
+    rows = [row | result | loss for row, result, loss in zip(rows, results, losses)]
+    write_answers(path, rows, loaded, {'data': data_hash(config['dataset'])}, config)
+    n_ended = sum(not row['truncated'] for row in rows)
+    print(f'{len(rows)} answers of {loaded.name}, {n_ended} of them ended by themselves: wrote {path}.json')
 
-# --- other forms of asking
 
-def answer_questions(model):
-    """The first turn of each question (the template has room for one) into out_dir/question-answers.json."""
+def read_test_split(config, loaded):
+    """The test split. UserError if it is not the run's own, or does not fit the model."""
+    dataset = config['dataset']
+    data = read_split(dataset, 'test')
+    if not config['other_data']:
+        now = {'data': data_hash(dataset), 'source rows': data.meta['sha256']}
+        check_made_of(loaded.name, loaded.made_of, now, f'rows of data/{dataset} may be among those it learned: '
+                      'prepare them as they were, or set --other_data=True')
+    longest = int((data.meta['end'] - data.meta['start']).max())
+    if longest > loaded.model.config.block_size:
+        block_size = loaded.model.config.block_size
+        raise UserError(f'data/{dataset} has a test row of {longest} tokens, the model {block_size} positions; '
+                        f'prepare the data again with --block_size={block_size}')
+    return data
+
+
+# -----------------------------------------------------------------------------
+# other forms of asking
+
+def answer_questions(model, path, out, config):
+    """The first turn of each question (the template has room for one) into out/question-answers.json."""
     try:
-        lines = Path(questions).read_text(encoding='utf-8').splitlines()
-        answered = [json.loads(line) for line in lines if line.strip()]
-        rows = [{'instruction': question['turns'][0]} for question in answered]
+        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
+        asked = [json.loads(line) for line in lines if line.strip()]
+        rows = [{'instruction': question['turns'][0]} for question in asked]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f'{questions} is no JSONL of questions with turns: {error!r}') from error
-    answer(model, rows, lambda i, result: answered[i].update(answers=[result['model_response']]))
-    write_json(out / 'question-answers.json', answered)
-    print(f'{len(answered)} answers: wrote {out}/question-answers.json')
+        raise UserError(f'{path} is not a JSONL of questions with turns: {error!r}') from error
+    answer(model, rows, lambda i, result: asked[i].update(answers=[result['model_response']]), config)
+    write_json(out / 'question-answers.json', asked)
+    print(f'{len(asked)} answers: wrote {out}/question-answers.json')
 
-def talk(model):
+
+def print_answer(model, instruction, input, config):
+    row = {'instruction': instruction, 'input': input}
+    answer(model, [row], lambda i, result: print(result['model_response']), config)
+
+
+def show_examples(dataset):
+    """Print what the model was trained for: the families of its test rows, and three of them."""
+    rows = read_json(Path('data', dataset, 'test.json')).get('rows', [])
+    families = sorted({row['family'] for row in rows if isinstance(row.get('family'), str)})
+    if families:
+        print('it knows these tasks:', ', '.join(families))
+    print('for example:')
+    for row in rows[:3]:
+        print('  ' + ' | '.join(filter(None, [row['instruction'], row.get('input')])).replace('\n', ' '))
+
+
+def talk(model, config):
     """Answer the lines of standard input until it ends or one is empty."""
     print('an instruction a line; "instruction | input" gives it an input; an empty line or Ctrl-D ends')
+    if Path('data', config['dataset'], 'test.json').exists():
+        show_examples(config['dataset'])
     while True:
         print('> ', end='', flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             break
-        instruction, _, input = line.partition('|')
+        instruction, _, its_input = line.partition('|')
         try:
-            print_answer(model, instruction.strip(), input.strip())
+            print_answer(model, instruction.strip(), its_input.strip(), config)
         except ModelError as error:  # it is too long
             print(error)
 
-if __name__ == '__main__':
-    if max_new_tokens < 1 or min(temperature, top_k, self_consistency, min_agreement) < 0:
-        raise UserError('max_new_tokens must be at least 1, temperature, top_k, self_consistency and '
-                        'min_agreement at least 0')
-    if bool(prompts) != bool(self_consistency):
-        raise UserError('labels need both, --self_consistency=8 and --prompts=rows.json')
-    if self_consistency and not temperature:
-        temperature = config['temperature'] = 0.7  # greedy answers would all agree
-    device, compute_dtype, rank, world_size = init_device(device, dtype)
-    place, autocast = for_inference(device, compute_dtype)
-    run = None if adapter else find_run(out_dir, init_from)
-    made = json.loads(run.read_text(encoding='utf-8')) if run else {}
-    if run:
-        model = GPT.from_pretrained(run.with_suffix('.pth'))
-        about = f'{run.with_suffix(".pth")} (step {made["step"]}, val loss {made["val_loss"]:.4f})'
-    else:
-        model = GPT.from_pretrained(init_from, cache_dir, weights)
-        if adapter:
-            load_adapter(model, adapter)
-        about = f'{init_from} with {adapter}' if adapter else init_from
-    place(model)
+
+def main():
+    run = None if adapter else find_run(config)
+    chosen_device, compute_dtype = choose_device(device, dtype)
+    rank, world_size = join_processes(chosen_device)
+    if world_size > 1 and (prompt or interactive or questions):
+        raise UserError('several processes share the test split; start python sample.py for other forms of asking')
+    loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from, adapter)
+    writes_test_split = not (prompt or interactive or questions)
+    data = read_test_split(config, loaded) if writes_test_split else None
+    for_inference(loaded.model, chosen_device, compute_dtype)
+    out = Path(out_dir)
     if rank == 0:
-        print(f'\nloaded {about}: {model.config.name} on {device}')
+        print(f'\nloaded {loaded.name}: {loaded.model.config.name} on {chosen_device}')
 
     if prompt:
-        print_answer(model, prompt, input)
+        print_answer(loaded.model, prompt, input, config)
     elif interactive:
-        talk(model)
+        talk(loaded.model, config)
     elif questions:
-        answer_questions(model)
-    elif self_consistency:
-        out.mkdir(parents=True, exist_ok=True)
-        label(model, about)
+        answer_questions(loaded.model, questions, out, config)
     else:
         out.mkdir(parents=True, exist_ok=True)
         # a released model is what tuned ones are compared with, and so is what answers instead of the run
         is_untuned = init_from in RELEASED and not adapter
         is_baseline = not run and (is_untuned or any(out.glob('*-sft.json')))
-        predict(model, BEFORE if is_baseline else PREDICTIONS, about)
+        predict(loaded, data, out / (BEFORE if is_baseline else PREDICTIONS), config, chosen_device, rank,
+                world_size)
         if run and before:
-            del model
-            model = load_before(made, cache_dir, weights)
-            predict(place(model), BEFORE, f'{made["init_from"]} (before fine-tuning)')
+            del loaded
+            base = load_base(run, cache_dir, download_from)
+            for_inference(base.model, chosen_device, compute_dtype)
+            predict(base, data, out / BEFORE, config, chosen_device, rank, world_size)
+
+
+if __name__ == '__main__':
+    main()

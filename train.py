@@ -9,20 +9,30 @@ import functools
 import json
 import math
 import signal
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from config import UserError, atomic_write, check_made_of, configure, hold, read_jsonl, write_json
+from engine import choose_device, generate, join_processes
+from lora import add_lora, gather, merged_state_dict, save_adapter
+from model import GPT, GPTConfig, fingerprint
+from prepare import (
+    IGNORE,
+    VOCAB_SIZE,
+    data_hash,
+    detokenize,
+    encode_prompt,
+    first_targets,
+    make_batch,
+    read_split,
+)
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm import tqdm
-
-from config import UserError, atomic_write, configure, init_device, read_jsonl, write_json
-from lora import add_lora, init_for_copying, merged_state_dict, save_adapter, train_met_tokens
-from model import GPT, GPTConfig
-from prepare import IGNORE, detokenize, encode_prompt, first_targets, make_batch, read_split
 
 # -----------------------------------------------------------------------------
 # the defaults, overridden by config files and flags
@@ -30,170 +40,228 @@ from prepare import IGNORE, detokenize, encode_prompt, first_targets, make_batch
 dataset = 'instruction-data'  # the folder below data/ that prepare.py wrote
 out_dir = 'out'  # where everything goes
 init_from = 'gpt2-medium'  # 'scratch', 'resume', gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path
-weights = 'openai'  # whose files of a GPT-2 name come first: 'openai', 'huggingface'
-cache_dir = ''  # where they are kept; empty: gpt2-sft in the user's cache folder
+download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
+cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 seed = 123
 # model
-n_layer = 12  # of a model from scratch
-n_head = 12  # of a model from scratch
-n_embd = 768  # of a model from scratch
-init = 'gpt2'  # of a model from scratch: 'gpt2', or 'copying', to rearrange the prompt's words (lora.py)
-block_size = 1024  # longest packed row in tokens, and the positions of a model from scratch
-dropout = 0.0
+n_layer = 12  # of a model from scratch [>= 1]
+n_head = 12  # of a model from scratch [>= 1]
+n_embd = 768  # of a model from scratch [>= 1]
+block_size = 1024  # longest packed row in tokens, and the positions of a model from scratch [>= 2]
+dropout = 0.0  # [0 .. 0.99]
 # batch
-batch_size = 8  # examples per micro-batch and process
-gradient_accumulation_steps = 1  # micro-batches per step
-epochs = 1
-max_steps = 0  # 0: by epochs
+batch_size = 8  # examples per micro-batch and process [>= 1]
+gradient_accumulation_steps = 1  # micro-batches per step [>= 1]
+epochs = 1  # [>= 1]
+max_steps = 0  # 0: by epochs [>= 0]
 shuffle = True
-packing = True  # several examples in a row, which do not see each other; the same loss in less time
-loss_on = 'answer'  # 'answer', 'response' (its header too), 'all'
+packing = True  # several examples to a row, hidden from each other: the same loss in half the time
+loss_on = 'response'  # which tokens are learned [response | response+header | all]
+sampled_softmax = 0  # other tokens that the softmax of a step has beside those of the rows; 0: all [>= 0]
 # adamw
-learning_rate = 5e-5
-schedule = 'constant'  # 'constant', 'cosine', 'linear'
-warmup_steps = 0
-min_lr = 0.0  # where cosine and linear end
-weight_decay = 0.1
-decay = 'all'  # which parameters decay: 'all', 'matrices'
-beta1 = 0.9
-beta2 = 0.999
-grad_clip = 0.0  # largest norm of the gradients; 0: no limit
+learning_rate = 5e-5  # [> 0]
+schedule = 'constant'  # after the warm-up [constant | cosine | linear]
+warmup_steps = 0  # [>= 0]
+min_lr = 0.0  # where cosine and linear end [>= 0]
+weight_decay = 0.1  # [>= 0]
+decay_params = 'all'  # 'matrices' leaves out biases and norms [all | matrices]
+beta1 = 0.9  # [0 .. 0.999999]
+beta2 = 0.999  # [0 .. 0.999999]
+grad_clip = 0.0  # largest norm of the gradients; 0: no limit [>= 0]
 # lora
-lora_rank = 0  # 0: all weights are trained
-lora_alpha = 16.0
-lora_dropout = 0.0
+lora_rank = 0  # 0: all weights are trained [>= 0]
+lora_alpha = 16.0  # [> 0]
+lora_dropout = 0.0  # [0 .. 0.99]
 lora_targets = 'attn.c_attn,attn.c_proj,mlp.c_fc,mlp.c_proj'
-quantize = 'none'  # the frozen matrices under LoRA: 'none', 'nf4' (needs bitsandbytes)
-# evaluation
-eval_interval = 5  # steps
-eval_iters = 5  # batches of each split and process; 0: all of it
+quantize = 'none'  # the frozen matrices under LoRA; nf4 needs bitsandbytes [none | nf4]
+# evaluation and checkpoints
+eval_interval = 5  # steps [>= 1]
+eval_iters = 5  # batches of each split and process; 0: all of it [>= 0]
+eval_only = False  # print both losses and end
 sample_every_epoch = True  # answer a few val prompts
-save_interval = 0  # steps between checkpoints; 0: one an epoch
-keep_best = False  # <model>-sft.pth is of the lowest val loss, not of the end
-patience = 0  # evaluations without a lower val loss before the run ends; 0: no such end
+save_interval = 0  # steps between checkpoints; 0: one an epoch [>= 0]
+save_minutes = 10.0  # and one after so many minutes [> 0]
+keep_best = False  # keep the weights of the lowest val loss instead of the last
+patience = 0  # stop after this many evaluations without a lower val loss; 0: never [>= 0]
+logger = 'none'  # beside log.jsonl [none | tensorboard | wandb]
 # device
-device = 'auto'  # 'auto', 'cpu', 'cuda', 'mps'
-dtype = 'auto'  # 'float32', 'bfloat16', 'float16'; 'auto': the GPU's best on cuda, float32 elsewhere
+device = 'auto'  # [auto | cpu | cuda | mps]
+dtype = 'auto'  # auto: the GPU's best on cuda, else float32 [auto | float32 | bfloat16 | float16]
 compile = False
 shard = False  # several processes: split parameters and optimizer among them (FSDP2)
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-# what no type can check
-for key in ('batch_size', 'gradient_accumulation_steps', 'epochs', 'eval_interval', 'n_layer', 'n_head',
-            'n_embd', 'max_steps', 'eval_iters'):
-    lowest = 0 if key in ('max_steps', 'eval_iters') else 1
-    if config[key] < lowest:
-        raise UserError(f'{key}={config[key]} must be at least {lowest}')
-for key, names in (('loss_on', 'answer response all'), ('schedule', 'constant cosine linear'),
-                   ('decay', 'all matrices'), ('init', 'gpt2 copying')):
-    if config[key] not in names.split():
-        raise UserError(f'{key}={config[key]!r} is none of {names.replace(" ", ", ")}')
-
 # the device, and the precision: weights, AdamW and sums stay in fp32; autocast computes products in less. The
 # gradients of float16 underflow, so the loss is scaled up before backward and the gradients down after it
-device, compute_dtype, rank, world_size = init_device(device, dtype)
-autocast = torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+device, compute_dtype = choose_device(device, dtype)
+rank, world_size = join_processes(device)
+is_half = compute_dtype != torch.float32
+autocast = torch.autocast(device.type, compute_dtype, enabled=is_half)
 scaler = torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)
 shard = shard and world_size > 1
 out = Path(out_dir)
+
 
 def print0(text):
     """Print in the first process only."""
     if rank == 0:
         print(text, flush=True)
 
-# data: token files and, per example, its length and its supervised tokens. Both splits must be written from
-# the same rows, or what is measured on val may be in train
-data = {split: read_split(dataset, split, n_rows=3) for split in ('train', 'val')}
-meta = data['train'][1]
-lengths, supervised = meta['end'] - meta['start'], meta['end'] - first_targets(meta, loss_on)
-n_examples, examples_per_step = len(lengths), batch_size * gradient_accumulation_steps * world_size
-longest = max(lengths.max(), (data['val'][1]['end'] - data['val'][1]['start']).max())
-data_split = {f'data_{key}': meta[key] for key in ('split_seed', 'examples', 'tokens')}
-if meta['sha256'] != data['val'][1]['sha256']:
-    raise UserError(f'train and val of data/{dataset} come from different rows; run: python prepare.py')
 
-# resume: the checkpoint must agree in the data and in all that shapes the weights; these knobs may change. A
-# schedule follows the new number of steps from here on
-RESUME_MAY_CHANGE = {
-    'init_from', 'out_dir', 'weights', 'cache_dir', 'batch_size', 'gradient_accumulation_steps', 'epochs',
-    'max_steps', 'eval_interval', 'eval_iters', 'sample_every_epoch', 'save_interval', 'keep_best',
-    'patience', 'device', 'compile', 'shard'}
-saved = None
-if init_from == 'resume':
+# -----------------------------------------------------------------------------
+# data: token files, and for each example how many tokens it has and how many of them are learned
+
+data = {split: read_split(dataset, split, n_rows=3) for split in ('train', 'val')}  # 3: of val are answered
+meta = data['train'].meta
+n_tokens_of = meta['end'] - meta['start']
+n_targets_of = meta['end'] - first_targets(meta, loss_on)
+n_examples = len(n_tokens_of)
+examples_per_step = batch_size * gradient_accumulation_steps * world_size
+longest = max(n_tokens_of.max(), (data['val'].meta['end'] - data['val'].meta['start']).max())
+if meta['sha256'] != data['val'].meta['sha256']:
+    raise UserError(f'train and val of data/{dataset} come from different rows; prepare the data again')
+
+# -----------------------------------------------------------------------------
+# the model: from a checkpoint, at random, or from someone's weights
+
+# what a resumed run must have in common with the checkpoint; all other settings may change, and are printed
+RESUME_KEEPS = (
+    'dataset', 'seed', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'shuffle', 'packing',
+    'loss_on', 'sampled_softmax', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'quantize',
+    'dtype', 'examples_per_step')
+
+
+def read_checkpoint():
+    """The content of ckpt.pt, whose tensors become those of the run. UserError if it is of another run."""
     try:
-        saved = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=True)
+        # on a CPU the tensors are used as they are read; for another device the file is only mapped
+        saved = torch.load(out / 'ckpt.pt', map_location='cpu', weights_only=True, mmap=device.type != 'cpu')
+        was = saved['config'] | {'examples_per_step': saved['examples_per_step']}
     except Exception as error:  # torch.load documents no exception class
         reason = str(error).splitlines()[0]
         raise UserError(f'cannot resume from {out}/ckpt.pt ({reason}): '
                         'start without --init_from=resume') from error
-    now = config | {'data': meta['sha256'], 'examples_per_step': examples_per_step, **data_split}
-    # checkpoints of older versions tell neither the number of examples nor the split
-    was = {'examples_per_step': saved.get('examples_per_step', examples_per_step)} | saved.get('split', {})
-    was |= saved['config'] | {'data': saved['sha256']}
-    differences = [f'{key} was {was[key]!r}, is {now[key]!r}' for key in now
-                   if key in was and key not in RESUME_MAY_CHANGE and was[key] != now[key]]
+    if 'format' not in saved:
+        was.pop('loss_on')  # checkpoints of format 1 have other names for the same
+    now = config | {'examples_per_step': examples_per_step}
+    changed = [key for key in now if key in was and was[key] != now[key]]
+    differences = ', '.join(f'{key} was {was[key]!r}, is {now[key]!r}'
+                            for key in changed if key in RESUME_KEEPS)
     if differences:
-        raise UserError(f'{out}/ckpt.pt is of another run: {", ".join(differences)}; set them back, '
-                        'or start without resume')
-origin = saved['config']['init_from'] if saved else init_from
+        raise UserError(f'{out}/ckpt.pt is of another run: {differences}; set them back, or start without '
+                        '--init_from=resume')
+    for key in set(changed) - {'init_from', 'out_dir'}:
+        print0(f'resumed with another {key}: {was[key]!r} is {now[key]!r} from here on')
+    return saved
 
-# model: from the checkpoint, at random, or from someone's weights. With LoRA the checkpoint holds A and B
-# alone, so the base is loaded again
+
+saved = read_checkpoint() if init_from == 'resume' else None
+origin = saved['config']['init_from'] if saved else init_from
+if out.resolve() in (Path(origin).resolve(), *Path(origin).resolve().parents) and Path(origin).exists():
+    raise UserError(f'init_from={origin} lies in out_dir={out_dir}, where this run would replace it: '
+                    'set --out_dir to another folder')
+if n_embd % n_head:
+    raise UserError(f'n_embd={n_embd} must be a multiple of n_head={n_head}')
+if quantize != 'none' and (not lora_rank or shard):
+    raise UserError(f'quantize={quantize!r} freezes the matrices: it needs --lora_rank=16, and no --shard')
+if sampled_softmax and shard:
+    raise UserError('sampled_softmax goes with one process or several, not with shard=True')
+
 torch.manual_seed(seed)
 if saved and not lora_rank:
-    model = GPT(GPTConfig(**saved['model_config']))  # the checkpoint holds all of its weights
+    with torch.device('meta'):  # no memory, as the weights of the checkpoint take its place
+        model = GPT(GPTConfig(**saved['model_config']))
+    model.load_state_dict(saved.pop('model'), assign=True)
 elif origin == 'scratch':
     model = GPT(GPTConfig(block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, dropout=dropout))
-    if init == 'copying':
-        init_for_copying(model)
 else:
-    model = GPT.from_pretrained(origin, cache_dir=cache_dir, weights=weights, dropout=dropout)
+    model = GPT.from_pretrained(origin, cache_dir, download_from, dropout, vocab_size=VOCAB_SIZE)
 name = f'{model.config.name}-sft'
+
+# what this run is made of, which is written into all that it makes
+made_of = {'data': data_hash(dataset)}
+if saved and not lora_rank:
+    made_of['base weights'] = saved.get('made_of', {}).get('base weights', '')
+else:
+    made_of['base weights'] = fingerprint(dict(model.named_parameters()))
+if saved:
+    check_made_of(out / 'ckpt.pt', saved.get('made_of', {}), made_of, 'start without --init_from=resume')
 
 # the data must fit the model's positions and its vocabulary
 max_length = min(block_size, model.config.block_size)
 if longest > max_length:
     raise UserError(f'data/{dataset} has a row of {longest} tokens; '
-                    f'run: python prepare.py --block_size={max_length}')
+                    f'prepare the data again with --block_size={max_length}')
 if model.config.vocab_size < meta['vocab_size']:
     raise UserError(f'{origin} has {model.config.vocab_size} tokens, data/{dataset} {meta["vocab_size"]}')
+if origin == 'scratch' and learning_rate < 2e-4:
+    print0(f'warning: learning_rate={learning_rate} is for fine-tuning; from scratch 1e-3 is usual')
+
 # LoRA replaces the matrices of the blocks; from here on only its A and B are trained
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets, quantize)
-elif quantize != 'none':
-    raise UserError(f'quantize={quantize!r} freezes the matrices, so it needs LoRA: add --lora_rank=16')
+    if saved:
+        model.load_state_dict(saved.pop('model'), strict=False, assign=True)
 model.to(device)
-if init == 'copying' and origin == 'scratch':
-    train_met_tokens(model, data['train'][0], shard)
 
-# wrap it: `model` keeps the plain names, `net` is what a step of training calls. FSDP splits each block among
-# the processes; DDP keeps the model whole in each and averages the gradients
+# `model` keeps the plain names, `net` is what a step calls. FSDP splits each block among the processes; DDP
+# keeps the model whole in each and averages the gradients
 net = model
 if compile:
     model.compile(dynamic=True)
 if shard:
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    # each process gathers a block's matrices in half precision, and frees them behind it
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for module in (*model.h, model):
-        fully_shard(module)
-    register_fsdp_forward_method(model, 'generate')
+        fully_shard(module, mp_policy=policy)
+    register_fsdp_forward_method(model, 'hidden_states')
+    register_fsdp_forward_method(model, 'logits')
 elif world_size > 1:
     net = torch.nn.parallel.DistributedDataParallel(model)
-params = [p for p in model.parameters() if p.requires_grad]
+trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
-       f'{sum(p.numel() for p in params):,} of them trained')
+       f'{sum(p.numel() for p in trained.values()):,} of them trained')
 
-# optimizer: in the paper's form all parameters decay; with 'matrices' biases and norms do not
-groups = [{'params': params}]
-if decay == 'matrices':
+# -----------------------------------------------------------------------------
+# sampled softmax (Jean et al. 2015): in a large vocabulary most tokens occur in no row, and computing all
+# their logits takes most of a small model's time. A step chooses among the rows' tokens and a sample of the
+# others. The vectors of the others stay as they are: they would drift together, as they are never right
+
+if sampled_softmax:
+    is_seen = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    is_seen[np.unique(data['train'].ids).tolist()] = True
+    seen_ids = is_seen.nonzero()[:, 0].to(device)
+    other_ids = (~is_seen).nonzero()[:, 0].to(device)
+    is_seen = is_seen.to(device)
+    model.wte.weight.register_hook(lambda gradient: gradient * is_seen[:, None])
+
+
+def draw_candidates():
+    """(ids, biases) for GPT.forward, drawn anew for each step; None where the softmax has all tokens."""
+    if not sampled_softmax:
+        return None
+    drawn = other_ids[torch.randint(len(other_ids), (sampled_softmax,), device=device)]
+    ids = torch.cat([seen_ids, drawn]).sort().values
+    bias = math.log(len(other_ids) / sampled_softmax)  # each of those drawn stands for so many
+    return ids, torch.where(is_seen[ids], 0.0, bias)
+
+
+# -----------------------------------------------------------------------------
+# the optimizer
+
+params = list(trained.values())
+groups = [{'params': params}]  # as chapter 7 and PyTorch's default do it, all parameters decay
+if decay_params == 'matrices':
     groups = [{'params': [p for p in params if p.dim() > 1]},
               {'params': [p for p in params if p.dim() == 1], 'weight_decay': 0.0}]
 # fused: one pass over weights, moments and gradients
 optimizer = torch.optim.AdamW(groups, learning_rate, (beta1, beta2), weight_decay=weight_decay, fused=True)
-grad_norms = []  # of the groups of gradients that a step has applied
+grad_norms = []  # of the gradients that a step has applied; of all of them at once, but for what is below
 
-def apply_gradients(*_):
+
+def update_parameters():
     """AdamW for the parameters that have a gradient. Frees the gradients, adds their norm to grad_norms."""
     scaler.unscale_(optimizer)
     # row by row, since torch sums a whole matrix in one fp32 number, which is 1e-4 off
@@ -209,63 +277,92 @@ def apply_gradients(*_):
     scaler.update()
     optimizer.zero_grad()
 
-# where nothing needs all gradients at once (accumulation, processes, clipping, the scaler), each block is
-# updated as soon as backward has passed it, and its gradients are freed: a step of Medium peaks at 16 % less
-# memory. A gradient is complete when its hook runs, even that of wte, which is used twice
-if not (world_size > 1 or gradient_accumulation_steps > 1 or grad_clip or scaler.is_enabled()):
+
+# on a CPU a step of Medium takes 9 % less time and 16 % less memory (docs/speed.md) if each block is updated,
+# and its gradients are freed, as soon as backward has passed it. Elsewhere, and where a step needs all of its
+# gradients at once, they are there after backward, as usual
+updates_in_backward = (device.type == 'cpu' and world_size == 1 and gradient_accumulation_steps == 1
+                       and not grad_clip and not scaler.is_enabled())
+if updates_in_backward:
     for block in model.h:
         first_param = next(p for p in block.parameters() if p.requires_grad)
-        first_param.register_post_accumulate_grad_hook(apply_gradients)
+        first_param.register_post_accumulate_grad_hook(lambda p: update_parameters())
 
-# progress: updates done, examples seen, the lowest val loss, evaluations since then, the last val loss and
-# its step. With the weights and AdamW's moments it is all that a resumed run needs: random numbers depend on
-# the step
-progress = {'step': 0, 'seen': 0, 'best': math.inf, 'waited': 0, 'val_loss': math.nan, 'evaluated': -1}
-state_options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
-                                 strict=not lora_rank)
+
+def restore_optimizer(state_by_name):
+    """Give AdamW the moments of a checkpoint: whole tensors by parameter name, which become its own."""
+    name_of = {p: name for name, p in trained.items()}
+    state = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        state[i] = state_by_name[name_of[p]]
+        for key in 'exp_avg', 'exp_avg_sq':
+            if shard:
+                from torch.distributed.tensor import distribute_tensor
+                state[i][key] = distribute_tensor(state[i][key].to(device), p.device_mesh, p.placements)
+    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+
+
+# with the weights and the moments this is all that a resumed run needs: random numbers depend on the step
+progress = {'step': 0, 'examples_seen': 0, 'best_val_loss': math.inf, 'evals_since_best': 0,
+            'val_loss': math.nan, 'last_eval_step': -1}
 if saved:
-    set_state_dict(model, optimizer, model_state_dict=saved['model'], optim_state_dict=saved['optimizer'],
-                   options=state_options)
-    if saved.get('scaler'):  # empty, or missing in older checkpoints, where no float16 was used
-        scaler.load_state_dict(saved['scaler'])
-    progress |= saved['progress'] if 'progress' in saved else saved['at'] | {'evaluated': saved['at']['step']}
+    restore_optimizer(saved.pop('optimizer')['state'])
+    scaler.load_state_dict(saved['scaler'])
+    progress = dict(zip(progress, saved['progress'].values()))
     if keep_best and not saved['config']['keep_best']:
-        progress['best'] = math.inf  # that model was not kept
+        progress['best_val_loss'] = math.inf  # that model was not kept
     del saved
 
-# how many updates: the last one of an epoch may be of fewer examples
+# -----------------------------------------------------------------------------
+# batches, evaluation, the learning rate
+
 first_step = progress['step']
+# the last step of an epoch may be of fewer examples
 total_steps = max_steps or epochs * math.ceil(n_examples / examples_per_step)
+
+
+def random_seed(*numbers):
+    """A seed of 64 bits that depends on all of these numbers."""
+    entropy = [abs(number) for number in (seed, *numbers)]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
 
 @functools.lru_cache(1)
 def epoch_order(epoch):
-    """-> the numbers of all examples, in the order in which this epoch takes them."""
-    rng = np.random.default_rng(abs(hash((seed, epoch))))
-    return rng.permutation(n_examples) if shuffle else np.arange(n_examples)
+    """The numbers of all examples, in the order in which this epoch takes them."""
+    if not shuffle:
+        return np.arange(n_examples)
+    return np.random.default_rng(random_seed(epoch)).permutation(n_examples)
+
 
 def get_batch(split, numbers):
-    """-> ids, targets, positions, segments (B, T) on the device; no numbers: a row without a target."""
+    """ids, targets, positions, segments (B, T) on the device; without numbers a row that has no target."""
     batch = make_batch(data[split], numbers if len(numbers) else [0], packing, loss_on, max_length)
     if not len(numbers):
         batch[1][:] = IGNORE  # a process without examples still takes part in the step
     # without packing there are no segments: attention is plainly causal
     return [torch.from_numpy(array).to(device) for array in (batch if packing else batch[:3])]
 
+
 def sum_over_processes(*values):
     """Numbers of this process -> their sums over all processes."""
-    dtype = torch.float32 if device.type == 'mps' else torch.float64  # mps has no float64
-    total = torch.tensor(values, device=device, dtype=dtype)
-    if world_size > 1:
-        dist.all_reduce(total)
+    if world_size == 1:
+        return list(values)
+    total = torch.tensor(values, device=device, dtype=torch.float64)
+    dist.all_reduce(total)
     return total.tolist()
+
 
 @torch.no_grad()
 def estimate_loss(split):
-    """-> nats per supervised token of eval_iters batches, the same ones each time, shared among processes."""
+    """
+    Nats per target of eval_iters batches, the same ones each time, shared among the processes; nan if a
+    signal to stop comes meanwhile.
+    """
     model.eval()
-    meta = data[split][1]
+    its_meta = data[split].meta
     # a fixed choice of examples, so that evaluations can be compared
-    numbers = np.random.default_rng(abs(seed)).permutation(len(meta['start']))
+    numbers = np.random.default_rng(abs(seed)).permutation(len(its_meta['start']))
     if eval_iters:
         numbers = numbers[:eval_iters * batch_size * world_size]
     chunks = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
@@ -273,54 +370,87 @@ def estimate_loss(split):
         chunks.append(numbers[:0])  # each process computes equally many
     loss = 0.0
     for chunk in chunks[rank::world_size]:
+        if any(sum_over_processes(len(stop_signals))):
+            loss = math.nan
+            break
         with autocast:
-            loss += model(*get_batch(split, chunk), loss_reduction='sum')[1].item()
+            loss += model(*get_batch(split, chunk), loss_reduction='sum').item()
     model.train()
-    n_supervised = (meta['end'] - first_targets(meta, loss_on))[numbers].sum().item()
-    return sum_over_processes(loss)[0] / n_supervised
+    n_targets = (its_meta['end'] - first_targets(its_meta, loss_on))[numbers].sum().item()
+    return sum_over_processes(loss)[0] / n_targets
+
 
 def get_lr(step):
-    """-> the learning rate of a step: linear warm-up, then constant, linear or cosine down to min_lr."""
-    done = max(0, step - warmup_steps) / max(1, total_steps - warmup_steps)
-    left = {'constant': 1.0, 'linear': 1 - done, 'cosine': 0.5 * (1 + math.cos(math.pi * done))}[schedule]
-    return (min_lr + left * (learning_rate - min_lr)) * min(1, (step + 1) / max(1, warmup_steps))
+    """The learning rate of a step."""
+    # 1) linear warm-up
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / warmup_steps
+    # 2) constant
+    if schedule == 'constant':
+        return learning_rate
+    # 3) down to min_lr, linearly or by half a cosine
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    left = 1 - done if schedule == 'linear' else 0.5 * (1 + math.cos(math.pi * done))
+    return min_lr + left * (learning_rate - min_lr)
+
 
 def show_answers():
     """Answer three val prompts and print the answers beside the references: worth a look after each epoch."""
-    rows = data['val'][1]['rows'][:3]
+    rows = data['val'].meta['rows'][:3]
     with autocast:
-        answers = model.generate([encode_prompt(row) for row in rows], max_new_tokens=50)
+        answers = generate(model, [encode_prompt(row) for row in rows], max_new_tokens=50)
     for row, answer in zip(rows, answers):
         log_line(f'  {row["instruction"]}  {row.get("input") or ""}')
         log_line(f'    reference: {row["output"]}\n    answer:    {detokenize(answer)}')
 
+
+# -----------------------------------------------------------------------------
+# what the run writes
+
 def save_checkpoint():
     """ckpt.pt: all that --init_from=resume needs. Under FSDP every process gathers; the first one writes."""
-    # torch's own form of both states: by parameter name, whole tensors, equal for any number of processes
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=state_options)
-    checkpoint = {'model': model_state, 'optimizer': optimizer_state, 'scaler': scaler.state_dict(),
-                  'progress': progress, 'config': config | {'init_from': origin}, 'sha256': meta['sha256'],
-                  'model_config': asdict(model.config), 'examples_per_step': examples_per_step,
-                  'split': data_split}
+    # whole tensors by parameter name, so that any number of processes can go on
+    weights = {}
+    moments = {}
+    for name, p in (trained if lora_rank else dict(model.named_parameters())).items():
+        weights[name] = gather(p)
+        if p in optimizer.state:
+            moments[name] = {key: gather(value) for key, value in optimizer.state[p].items()}
+    checkpoint = {
+        'format': 2, 'model': weights, 'optimizer': {'state': moments}, 'scaler': scaler.state_dict(),
+        'progress': progress, 'config': dict(config) | {'init_from': origin}, 'made_of': made_of,
+        'model_config': asdict(model.config), 'examples_per_step': examples_per_step}
     if rank == 0:
         atomic_write(out / 'ckpt.pt', lambda file: torch.save(checkpoint, file), 'wb')
 
+
 def save_model():
-    """<model>-sft.pth, a plain state dict with LoRA merged, its .json; and LoRA's own matrices beside it."""
-    state = merged_state_dict(model)
-    about = {'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], 'config': config}
-    about |= progress
+    """<model>-sft.pth, a plain state dict with LoRA merged, and its .json; first LoRA's own matrices."""
+    about = {'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], 'config': config,
+             'made_of': made_of, **progress}
     if lora_rank:
         save_adapter(model, out / 'adapter.safetensors', about, write=rank == 0)
+    state = merged_state_dict(model)
     if rank == 0:
+        about['weights'] = fingerprint(state)
         atomic_write(out / f'{name}.pth', lambda file: torch.save(state, file), 'wb')
         write_json(out / f'{name}.json', about)
 
+
 def log_record(**fields):
-    """Append a line to log.jsonl, in the first process only."""
-    if rank == 0:
-        with open(out / 'log.jsonl', 'a', encoding='utf-8') as file:
-            file.write(json.dumps(fields) + '\n')
+    """Append a line to log.jsonl and give it to the logger, in the first process only."""
+    if rank > 0:
+        return
+    with open(out / 'log.jsonl', 'a', encoding='utf-8') as file:
+        file.write(json.dumps(fields) + '\n')
+    step = fields['step']
+    if logger == 'tensorboard':
+        for key, value in fields.items():
+            if key != 'step' and value is not None:
+                board.add_scalar(key, value, step)
+    elif logger == 'wandb':
+        board.log(fields, step=step)
+
 
 def draw_losses(path):
     """The losses of log.jsonl as a picture: of each step, and of both splits at each evaluation."""
@@ -328,83 +458,144 @@ def draw_losses(path):
         from matplotlib.figure import Figure
     except ImportError:
         return print0(f'{path} is not drawn: pip install matplotlib')
-    records, figure = read_jsonl(out / 'log.jsonl'), Figure(figsize=(7, 4), layout='constrained')
+    figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
+    records = read_jsonl(out / 'log.jsonl')
     for key, style in ('loss', '-'), ('train_loss', 'o--'), ('val_loss', 'o-'):
         points = [(record['step'], record[key]) for record in records if key in record]
         axes.plot(*zip(*points), style, label=key, markersize=3)
-    axes.set(xlabel='step', ylabel='nats per supervised token', title=name)
+    axes.set(xlabel='step', ylabel='nats per target', title=name)
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format='png', dpi=150), 'wb')
 
-# log.jsonl continues behind the checkpoint: what an interrupted run logged after it will be logged again
-if rank == 0:
-    records = read_jsonl(out / 'log.jsonl') if first_step else []
-    kept = [json.dumps(record) + '\n' for record in records if record['step'] <= first_step]
-    atomic_write(out / 'log.jsonl', lambda file: file.writelines(kept))
 
-# Ctrl-C, or a scheduler's SIGTERM, ends the run after the current step, saved; a second one ends it at once
+# a fresh start moves the files of an earlier run aside, whole: none of them may pass for this one's
+ARTIFACTS = ('log.jsonl', 'ckpt.pt', '*-sft.pth', '*-sft.json', 'adapter.safetensors', 'loss.png',
+             'instruction-data-with-response*', 'question-answers*', 'pseudo-labels*', 'scores*', 'report*',
+             'export', 'tensorboard')
+
+
+def set_aside(out):
+    """Move an earlier run's files to out/replaced-<number>, and say so."""
+    found = [path for pattern in ARTIFACTS for path in out.glob(pattern)]
+    moving = out / 'replaced-unfinished'  # its name until it holds all: a kill in between does no harm
+    if not moving.exists() and not any(path.name.endswith(('.jsonl', '.pt', '-sft.pth')) for path in found):
+        return
+    number = 1 + len(list(out.glob('replaced-*[0-9]')))
+    moving.mkdir(exist_ok=True)
+    for path in found:
+        path.rename(moving / path.name)
+    moving.rename(out / f'replaced-{number}')
+    print(f'{out} held another run: it is in {out}/replaced-{number} now (to go on with it, move it back and '
+          'set --init_from=resume)')
+
+
+if rank == 0 and not eval_only:
+    hold(out)
+    if init_from != 'resume':
+        set_aside(out)
+    # the log continues behind the checkpoint: what an interrupted run logged after it will be logged again
+    records = read_jsonl(out / 'log.jsonl')
+    kept_lines = [json.dumps(record) + '\n' for record in records if record['step'] <= first_step]
+    atomic_write(out / 'log.jsonl', lambda file: file.writelines(kept_lines))
+    if logger == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(str(out / 'tensorboard'))
+    elif logger == 'wandb':
+        import wandb
+        board = wandb.init(project='gpt2-sft', name=out.name, dir=out, config=dict(config))
+
+# Ctrl-C, a scheduler's SIGTERM or a lost terminal ends the run after the current step, saved; a second one
+# ends it at once
 stop_signals = []
+
 
 def request_stop(number, frame):
     """The first signal: remember it, and give the next one its usual effect."""
-    stop_signals.append(number)
+    stop_signals.append(signal.Signals(number).name)
     signal.signal(number, signal.SIG_DFL)
 
-for number in signal.SIGINT, signal.SIGTERM:
-    signal.signal(number, request_stop)
 
+for signal_name in 'SIGINT', 'SIGTERM', 'SIGHUP':
+    number = getattr(signal, signal_name, None)  # Windows has no SIGHUP, and nohup has it ignored
+    if number and signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, request_stop)
+
+# -----------------------------------------------------------------------------
 # the loop: evaluation at both ends, and total_steps updates between
+
 print0(f'{n_examples} examples, {examples_per_step} per step; from step {first_step} to {total_steps}')
 bar = tqdm(total=total_steps, initial=first_step, unit='step', disable=None if rank == 0 else True)
 log_line = print0 if bar.disable else bar.write
 model.train()
+start_time = time.perf_counter()
+last_save_time = start_time
+save_is_due = False
 was_stopped = False
+first_loss = None
+end = ''  # why the run ends
 for step in range(first_step, total_steps + 1):
-    # what this step has to do besides the update
-    epoch_ended = step > first_step and progress['seen'] % n_examples == 0
-    eval_is_due = step % eval_interval == 0 or step == total_steps
-    should_eval = eval_is_due and not was_stopped and progress['evaluated'] < step
 
     # evaluate, at both ends of a run and every eval_interval steps, and keep the best model. A run that is
     # told to stop leaves the evaluation of its last step to the run that resumes it
-    if should_eval:
-        train_loss, val_loss = estimate_loss('train'), estimate_loss('val')
-        log_line(f'step {step}/{total_steps} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
-        log_record(step=step, train_loss=train_loss, val_loss=val_loss)
-        progress['val_loss'], progress['evaluated'] = val_loss, step
-        if step > 0 and val_loss < progress['best']:
-            progress['best'], progress['waited'] = val_loss, 0
-            if keep_best:
-                save_model()
-        elif step > 0:
-            progress['waited'] += 1
-    if epoch_ended and sample_every_epoch:
-        show_answers()
+    is_last_step = step == total_steps
+    eval_is_due = step % eval_interval == 0 or is_last_step
+    if eval_only or eval_is_due and not was_stopped and progress['last_eval_step'] < step:
+        train_loss = estimate_loss('train')
+        val_loss = estimate_loss('val')
+        was_stopped = math.isnan(val_loss) and any(sum_over_processes(len(stop_signals)))
+        if not was_stopped:
+            log_line(f'step {step}/{total_steps} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
+            if eval_only:
+                break
+            log_record(step=step, train_loss=train_loss, val_loss=val_loss)
+            progress['val_loss'] = val_loss
+            progress['last_eval_step'] = step
+            if step > 0 and val_loss < progress['best_val_loss']:
+                progress['best_val_loss'] = val_loss
+                progress['evals_since_best'] = 0
+                if keep_best:
+                    save_model()
+            elif step > 0:
+                progress['evals_since_best'] += 1
+                if progress['evals_since_best'] == 3:
+                    log_line(f'warning: val loss has not fallen below {progress["best_val_loss"]:.4f} for '
+                             'three evaluations; keep_best=True keeps that model, patience=3 stops here')
 
-    # save: at the end, and every save_interval steps or once an epoch. The end is the last step, a signal, or
-    # a val loss that has not fallen for long
-    should_end = step == total_steps or was_stopped or 0 < patience <= progress['waited']
-    save_is_due = step % save_interval == 0 if save_interval else epoch_ended
-    if step > first_step and (should_end or save_is_due):
+    # save: at the end, every save_interval steps or once an epoch, and every save_minutes
+    if is_last_step:
+        end = f'all {total_steps} steps are done'
+    elif was_stopped:
+        end = f'a signal came ({", ".join(stop_signals) or "to another process"})'
+    elif 0 < patience <= progress['evals_since_best']:
+        end = f'val loss has not fallen in {patience} evaluations'
+    epoch_ended = step > first_step and progress['examples_seen'] % n_examples == 0
+    save_is_due = save_is_due or (step % save_interval == 0 if save_interval else epoch_ended)
+    if step > first_step and (end or save_is_due):
         save_checkpoint()
-    if should_end:
+        last_save_time = time.perf_counter()
+    if epoch_ended and sample_every_epoch and not was_stopped:
+        show_answers()
+    if end:
         break
 
     # the examples of this step, fewer at the end of an epoch, and its learning rate. Dropout draws from the
     # step's own seed, so that a resumed run draws the same numbers
-    start_time = time.perf_counter()
-    epoch, place = divmod(progress['seen'], n_examples)
-    numbers, lr = epoch_order(epoch)[place:place + examples_per_step], get_lr(step)
-    n_supervised, n_tokens = supervised[numbers].sum().item(), lengths[numbers].sum().item()
+    step_time = time.perf_counter()
+    epoch, place = divmod(progress['examples_seen'], n_examples)
+    numbers = epoch_order(epoch)[place:place + examples_per_step]
+    n_targets = n_targets_of[numbers].sum().item()
+    n_tokens = n_tokens_of[numbers].sum().item()
+    lr = get_lr(step)
     for group in optimizer.param_groups:
         group['lr'] = lr
-    torch.manual_seed(hash((seed, step, rank)))
+    torch.manual_seed(random_seed(step, rank))
 
-    # forward and backward. The loss is the sum over the supervised tokens of the whole step, divided by
-    # their number: it does not depend on how the examples are cut into micro-batches and processes
+    # forward and backward. The loss is the sum over the targets of the whole step, divided by their number:
+    # it does not depend on how the examples are cut into micro-batches and processes
     loss = 0.0
     grad_norms.clear()
+    candidates = draw_candidates()
     micro_batches = np.array_split(numbers, gradient_accumulation_steps * world_size)[rank::world_size]
     for i, chunk in enumerate(micro_batches):
         is_last_micro_batch = i == len(micro_batches) - 1
@@ -413,38 +604,61 @@ for step in range(first_step, total_steps + 1):
         elif world_size > 1:
             net.require_backward_grad_sync = is_last_micro_batch
         with autocast:
-            micro_loss = net(*get_batch('train', chunk), loss_reduction='sum')[1] / n_supervised
+            batch = get_batch('train', chunk)
+            micro_loss = net(*batch, loss_reduction='sum', candidates=candidates) / n_targets
         scaler.scale(micro_loss * world_size).backward()  # torch averages over processes, the sum is wanted
-        loss += micro_loss.item()
+        loss += micro_loss.detach()
+    # where blocks were updated in backward, only the embeddings and ln_f are left
+    update_parameters()
 
-    # update; where blocks were updated in backward, only the embeddings and ln_f are left. Then sum up over
-    # the processes: the loss, and the signals to stop that came in
-    apply_gradients()
-    loss, was_stopped = sum_over_processes(loss, len(stop_signals))
+    # what all processes must agree on: the loss, signals that came in, whether it is time for a checkpoint
+    minutes = (time.perf_counter() - last_save_time) / 60
+    loss, was_stopped, save_is_due = sum_over_processes(
+        float(loss), len(stop_signals), minutes > save_minutes)
     norm = torch.stack(grad_norms).norm().item()
-    if not math.isfinite(loss) or not math.isfinite(norm) and scaler.get_scale() <= 1:
+    # an infinite norm is no fault where the scaler will halve its scale and skip the step
+    scale_can_shrink = scaler.is_enabled() and scaler.get_scale() > 1
+    if not math.isfinite(loss) or not (math.isfinite(norm) or scale_can_shrink):
         raise UserError(f'step {step + 1} has loss {loss} and gradient norm {norm}; the last checkpoint is '
-                        'kept. Lower learning_rate or set grad_clip')
-    progress['step'], progress['seen'] = step + 1, progress['seen'] + len(numbers)
+                        'kept. Resume it with a lower learning_rate, or with grad_clip=1.0')
+    progress['step'] = step + 1
+    progress['examples_seen'] += len(numbers)
+    first_loss = first_loss or loss
+    if step == first_step + 10 and loss > 1.5 * first_loss:
+        log_line(f'warning: the loss rose from {first_loss:.2f} to {loss:.2f} in the first steps; '
+                 'the learning_rate may be too high')
 
-    # log what was optimized: to the file always, to the terminal as a bar, to a pipe or a log as a line
-    seconds = time.perf_counter() - start_time
-    fields = {'loss': loss, 'lr': lr, 'supervised_tokens': n_supervised, 'tokens': n_tokens,
+    # log what was optimized: to the file always, to the terminal as a bar, to a log about a hundred lines
+    now = time.perf_counter()
+    seconds = now - step_time
+    fields = {'loss': loss, 'lr': lr, 'supervised_tokens': n_targets, 'tokens': n_tokens,
               'seconds': seconds, 'grad_norm': norm if math.isfinite(norm) else None}
     if scaler.is_enabled():  # where gradients overflow float16, the step is skipped and the scale halved
         fields['loss_scale'] = scaler.get_scale()
     log_record(step=step + 1, **fields)
     bar.set_postfix_str(f'loss {loss:.3f}, {n_tokens / seconds:.0f} tokens/s', refresh=False)
     bar.update()
-    if bar.disable:
+    if bar.disable and (step + 1) % max(1, total_steps // 100) == 0:
+        minutes_left = (now - start_time) / (step + 1 - first_step) * (total_steps - step - 1) / 60
         print0(f'step {step + 1}/{total_steps} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | '
-               f'{n_tokens / seconds:.0f} tokens/s | {seconds * 1000:.0f} ms')
+               f'{n_tokens / seconds:.0f} tokens/s | {seconds * 1000:.0f} ms | {minutes_left:.1f} min left')
 bar.close()
 
-# the model of the end, unless the best one is kept already
-if not keep_best or progress['best'] == math.inf:
-    save_model()
-if rank == 0:
-    draw_losses(out / 'loss.png')
-    files = ', '.join(sorted(file.name for file in out.iterdir() if file.is_file()))
-    print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}; {out}/ has {files}')
+# -----------------------------------------------------------------------------
+# the end: the model of the last step, unless the best one is kept already, and what to do next
+
+if not eval_only:
+    if not keep_best or progress['best_val_loss'] == math.inf:
+        save_model()
+    if rank == 0:
+        draw_losses(out / 'loss.png')
+        about = json.loads((out / f'{name}.json').read_text(encoding='utf-8'))
+        arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--init_from')]
+        command = 'train.py --init_from=resume'
+        if not was_stopped:
+            command = 'sample.py'
+            arguments = [argument for argument in arguments
+                         if not argument.startswith('--') or argument.startswith(('--out_dir', '--dataset'))]
+        print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}: {end}\n'
+              f'kept {out}/{name}.pth of step {about["step"]}, val loss {about["val_loss"]:.4f}\n'
+              f'next: python {" ".join([command, *arguments])}')

@@ -1,0 +1,457 @@
+"""
+Fast generation: many prompts at once, with a KV cache, in sequences that join and leave between steps; and
+where and in what precision a model computes.
+
+    answers = generate(model, prompts, 256)     # lists of ids -> the lists of new ids, in the same order
+
+    device, dtype = choose_device('auto', 'auto')
+    for_inference(model, device, dtype)         # before generate, where the model is not trained any further
+
+In fp32 the new ids are those of GPT.generate. A step computes some ids of every sequence that runs: one of
+those that decode, and of those whose prompts are being read (prefill) as many as a step has room for.
+
+Shapes: B rows, T positions, C = n_embd channels, H heads of C/H channels, N positions of a step.
+"""
+import atexit
+import ctypes
+import os
+import platform
+from collections import deque
+
+from config import UserError
+from model import ModelError, causal_attention, random_numbers, sample_token
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+
+EOS = 50256
+CACHE_GROWTH = 64  # positions by which the cache grows, so that it is not copied at every step
+
+# -----------------------------------------------------------------------------
+# the device, the precision, and the processes that share the work
+
+
+def choose_device(device, dtype):
+    """
+    Settings -> (torch.device, torch.dtype). device 'auto': cuda, mps or cpu. dtype 'auto': on cuda bfloat16
+    if the GPU has it, else float16; float32 elsewhere. Raises UserError.
+    """
+    name = device
+    if device == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        # each process of torchrun has a GPU of its own
+        device = torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'device={name!r} is not available here: {str(error).splitlines()[0]}') from error
+
+    if dtype == 'auto' and device.type == 'cuda':
+        # GPUs before Ampere, such as Colab's T4, only emulate bfloat16, and slowly
+        dtype = 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
+    elif dtype == 'auto':
+        dtype = 'float32'
+    if device.type == 'mps' and dtype != 'float32':
+        # causal attention in half precision has let positions see later ones there (pytorch issue 195910)
+        raise UserError(f'dtype={dtype!r} is not safe on mps: set --dtype=float32')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if device.type == 'cpu':
+        keep_freed_memory()
+    return device, getattr(torch, dtype)
+
+
+def join_processes(device):
+    """Under torchrun join the other processes, by nccl on cuda, else by gloo: (rank, number of processes)."""
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    if world_size > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        atexit.register(dist.destroy_process_group)
+    return int(os.environ.get('RANK', 0)), world_size
+
+
+def keep_freed_memory():
+    """
+    glibc keeps what a step frees for the next one, instead of returning it to the system and having it mapped
+    again: on a CPU a step of training takes a fifth less time (docs/speed.md).
+    """
+    if platform.libc_ver()[0] == 'glibc':
+        M_TRIM_THRESHOLD = -1
+        M_MMAP_MAX = -4
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
+
+
+def return_freed_memory():
+    """Give the system back what keep_freed_memory has kept, where a server has nothing to do."""
+    if platform.libc_ver()[0] == 'glibc':
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class InferenceLinear(nn.Module):
+    """
+    A linear layer for inference. Its matrix is stored in the precision in which it computes; on a CPU in the
+    order in which oneDNN reads it, whose product takes less time than F.linear's (docs/speed.md).
+    """
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        weight = layer.weight.detach().to(dtype)
+        has_product = HAS_ONEDNN and dtype in (torch.float32, torch.bfloat16)
+        self.is_packed = has_product and weight.device.type == 'cpu'
+        if self.is_packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        self.weight = weight
+        self.bias = layer.bias.detach().to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        x = x.to(self.dtype)
+        if self.is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        return F.linear(x, self.weight, self.bias)
+
+
+class InferenceEmbedding(nn.Module):
+    """The token vectors and the output layer for inference, stored once in the precision of the latter."""
+
+    def __init__(self, embedding, dtype):
+        super().__init__()
+        self.weight = embedding.weight.detach().to(dtype)
+
+    def forward(self, ids):  # (B, T) -> (B, T, C)
+        return F.embedding(ids, self.weight)
+
+    def logits(self, x):  # (..., C) -> (..., vocab)
+        x = x.to(self.weight.dtype)
+        if HAS_ONEDNN and x.device.type == 'cpu' and x.dtype == torch.float32:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, 'none', [], '')
+        return F.linear(x, self.weight)
+
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+
+
+def for_inference(model, device, dtype):
+    """
+    Move the model to the device for inference, and store its matrices in dtype once. Norms, the sums of the
+    residual stream and the positions stay in fp32, as under autocast, which would cast all matrices anew for
+    every token. Returns the model, which cannot be trained any further.
+    """
+    model.to(device).eval().requires_grad_(False)
+    for block in model.h:
+        for name in 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj':
+            block.set_submodule(name, InferenceLinear(block.get_submodule(name), dtype))
+    model.wte = InferenceEmbedding(model.wte, dtype)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# sequences, their cache, and which of them a step computes
+
+class Sequence:
+    """
+    A prompt that is being answered. ids: the prompt's, then the new ones. n_cached: how many of them have
+    their keys and values in the cache. finish_reason: '' while it runs, then 'stop' at the end-of-text or
+    'length'. config: of the model. ModelError: the prompt is empty, leaves no room, or holds unknown ids.
+    """
+
+    def __init__(self, config, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS,
+                 name='the prompt'):
+        if not 0 < len(prompt) < config.block_size:
+            raise ModelError(f'{name} has {len(prompt)} tokens; it may have 1 to {config.block_size - 1}')
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ModelError(f'{name} has ids from {min(prompt)} to {max(prompt)}; '
+                             f'the model has 0 to {config.vocab_size - 1}')
+        self.ids = list(prompt)
+        self.n_prompt = len(prompt)
+        self.n_cached = 0
+        self.limit = min(len(prompt) + max_new_tokens, config.block_size)
+        self.temperature = temperature
+        self.top_k = top_k
+        self.rng = random_numbers(prompt, seed)
+        self.eos = eos
+        self.finish_reason = ''
+
+    @property
+    def new_ids(self):
+        """The ids that were generated, without the end-of-text."""
+        return self.ids[self.n_prompt:-1 if self.finish_reason == 'stop' else None]
+
+    def append(self, new_id):
+        self.ids.append(new_id)
+        if new_id == self.eos:
+            self.finish_reason = 'stop'
+        elif len(self.ids) == self.limit:
+            self.finish_reason = 'length'
+
+
+class KVCache:
+    """Keys and values: a tensor (2, slots, H, length, C/H) for each layer. A sequence has a slot."""
+
+    def __init__(self, config, device, dtype):
+        head_size = config.n_embd // config.n_head
+        self.layers = [torch.zeros(2, 0, config.n_head, 0, head_size, device=device, dtype=dtype)
+                       for _ in range(config.n_layer)]
+
+    def resize(self, n_slots, longest, limit):
+        """Make room for n_slots sequences of up to `longest` positions, which will not pass `limit`."""
+        _, old_slots, _, old_length, _ = self.layers[0].shape
+        if n_slots <= old_slots and longest <= old_length <= limit + CACHE_GROWTH:
+            return
+        length = max(longest, min(longest + CACHE_GROWTH, limit))
+        for i, old in enumerate(self.layers):
+            # one layer at a time, so that no second cache is needed
+            new = old.new_zeros(2, n_slots, old.size(2), length, old.size(4))
+            slots = min(n_slots, old_slots)
+            positions = min(length, old_length)
+            new[:, :slots, :, :positions] = old[:, :slots, :, :positions]
+            self.layers[i] = new
+
+    def write(self, slot, prefix):
+        """Begin a slot with the keys and values (2, H, P, C/H) of a prefix, given for each layer."""
+        for layer, its_prefix in zip(self.layers, prefix):
+            layer[:, slot, :, :its_prefix.size(2)] = its_prefix
+
+    def copy(self, source, target):
+        """Copy the keys and values of one slot to another."""
+        for layer in self.layers:
+            layer[:, target] = layer[:, source]
+
+
+class Scheduler:
+    """
+    Which sequences run, in the order of their slots, and how many ids of each a step computes. Those that
+    decode come first; at most one, the last, is in the middle of its prompt.
+
+    max_running: sequences at once; max_positions: of all of them in the cache, should each reach its limit;
+    step_size: ids that a step computes, above max_running. prefix: ids whose keys and values are known.
+    """
+
+    def __init__(self, max_running, max_positions, step_size, prefix):
+        assert step_size > max_running
+        self.max_running = max_running
+        self.max_positions = max_positions
+        self.step_size = step_size
+        self.prefix = prefix
+        self.waiting = deque()
+        self.running = []
+
+    def has_room(self, sequence):
+        """Whether a sequence may join. The first one always may, or it would wait for ever."""
+        n = len(self.running) + 1
+        longest = max([sequence.limit] + [other.limit for other in self.running])
+        return n == 1 or n <= self.max_running and n * longest <= self.max_positions
+
+    def schedule(self):
+        """Let sequences join: [(sequence, number of its ids to compute)] of all that run; those that joined."""
+        joined = []
+        while self.waiting and self.has_room(self.waiting[0]) and self.room_in_step() > 0:
+            sequence = self.waiting.popleft()
+            if sequence.ids[:len(self.prefix)] == self.prefix and len(sequence.ids) > len(self.prefix):
+                sequence.n_cached = len(self.prefix)
+            self.running.append(sequence)
+            joined.append(sequence)
+        room = self.step_size
+        batch = []
+        for sequence in self.running:
+            n_ids = min(len(sequence.ids) - sequence.n_cached, room)
+            room -= n_ids
+            batch.append((sequence, n_ids))
+        return batch, joined
+
+    def room_in_step(self):
+        """How many more ids the next step can compute."""
+        return self.step_size - sum(len(sequence.ids) - sequence.n_cached for sequence in self.running)
+
+
+class Engine:
+    """
+    Generates the sequences of one model. add() lets one wait, step() computes the next ids of those that
+    run; one that has ended has left. prefix: ids with which many prompts begin, which are computed once.
+    cache_bytes: of all keys and values. See Scheduler for max_running and step_size.
+    """
+
+    def __init__(self, model, prefix=(), cache_bytes=4e9, max_running=256, step_size=1024):
+        self.model = model
+        self.device = model.wpe.weight.device
+        dtype = model.wte.weight.dtype
+        if torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)  # in which the layers return keys and values
+        bytes_per_position = 2 * model.config.n_layer * model.config.n_embd * dtype.itemsize
+        self.scheduler = Scheduler(max_running, cache_bytes / bytes_per_position, step_size, list(prefix))
+        self.cache = KVCache(model.config, self.device, dtype)
+        self.prefix_cache = self.compute_prefix() if prefix else []
+
+    @torch.no_grad()
+    def compute_prefix(self):
+        """The keys and values (2, H, P, C/H) of the prefix, for each layer."""
+        layers = []
+
+        def attention(q, k, v, dropout):  # (1, H, P, C/H)
+            layers.append(torch.cat([k, v]))
+            return causal_attention(q, k, v)
+
+        ids = torch.tensor([self.scheduler.prefix], device=self.device)
+        self.model.hidden_states(ids, attention=attention)
+        return layers
+
+    def add(self, sequence):
+        self.scheduler.waiting.append(sequence)
+
+    def has_work(self):
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def remove(self, sequence):
+        """Take out a sequence that runs or waits; a later slot's moves to its own, so that none is empty."""
+        if sequence in self.scheduler.waiting:
+            self.scheduler.waiting.remove(sequence)
+            return
+        running = self.scheduler.running
+        slot = running.index(sequence)
+        last = len(running) - 1
+        is_in_its_prompt = running[last].n_cached < len(running[last].ids) - 1
+        # the last one stays last while it is in its prompt: the one before it fills the slot
+        sources = [last - 1, last] if is_in_its_prompt and slot < last - 1 else [last]
+        for source in sources:
+            if source != slot:
+                self.cache.copy(source, slot)
+                running[slot] = running[source]
+            slot = source
+        running.pop()
+
+    @torch.no_grad()
+    def step(self):
+        """
+        Compute the next ids of the sequences that run, and choose a new id for those that are computed up to
+        their end. Returns these sequences, and the logits (n, vocab) by which their ids were chosen.
+        """
+        batch, joined = self.scheduler.schedule()
+        if not batch:
+            return [], None
+        sequences = self.scheduler.running
+        longest = max(sequence.n_cached + n_ids for sequence, n_ids in batch)
+        self.cache.resize(len(batch), longest, max(sequence.limit for sequence in sequences))
+        for sequence in joined:
+            if sequence.n_cached:
+                self.cache.write(sequences.index(sequence), self.prefix_cache)
+        logits = self.compute(batch)
+        complete = [sequence for sequence in sequences if sequence.n_cached == len(sequence.ids)]
+        for sequence, new_id in zip(complete, choose_ids(logits, complete)):
+            sequence.append(new_id)
+        for sequence in complete:
+            if sequence.finish_reason:
+                self.remove(sequence)
+        return complete, logits
+
+    def compute(self, batch):
+        """
+        Compute so many ids of each sequence, [(sequence, n_ids)] in the order of the slots, back to back in
+        one row of N positions without pads -> the logits (n, vocab) behind those that are complete.
+        """
+        ids = []
+        positions = []
+        slots = []
+        ends = []
+        for slot, (sequence, n_ids) in enumerate(batch):
+            places = range(sequence.n_cached, sequence.n_cached + n_ids)
+            ids += sequence.ids[places.start:places.stop]
+            positions += places
+            slots += [slot] * n_ids
+            sequence.n_cached = places.stop
+            if places.stop == len(sequence.ids):
+                ends.append(len(ids) - 1)
+        ids = torch.tensor(ids, device=self.device)
+        positions = torch.tensor(positions, device=self.device)
+        slots = torch.tensor(slots, device=self.device)
+        attention = self.cached_attention(batch, slots, positions)
+        x = self.model.hidden_states(ids[None], positions[None], attention)[0]  # (N, C)
+        return self.model.logits(x[torch.tensor(ends, dtype=torch.long, device=self.device)])
+
+    def cached_attention(self, batch, slots, positions):
+        """
+        An attention for GPT.hidden_states, which calls it once for each layer: it adds the keys and values of
+        a step's N positions to the cache, and lets each position see the earlier ones of its sequence.
+        """
+        layers = iter(self.cache.layers)
+        sizes = [n_ids for _, n_ids in batch]
+        # those that decode are the first slots; in one call, they see as far as each one's position
+        n_decode = next((i for i, n_ids in enumerate(sizes) if n_ids != 1), len(sizes))
+        longest = max([sequence.n_cached for sequence, _ in batch[:n_decode]], default=0)
+        is_seen = torch.arange(longest, device=self.device) <= positions[:n_decode, None, None, None]
+        # the others are pieces of prompts: (slot, first of the N positions, how many, how many they see)
+        pieces = []
+        for slot in range(n_decode, len(batch)):
+            pieces.append((slot, sum(sizes[:slot]), sizes[slot], batch[slot][0].n_cached))
+
+        def attention(q, k, v, dropout):  # (1, H, N, C/H)
+            layer = next(layers)
+            layer[0, slots, :, positions] = k[0].transpose(0, 1).to(layer.dtype)
+            layer[1, slots, :, positions] = v[0].transpose(0, 1).to(layer.dtype)
+            q = q.to(layer.dtype)  # a 4-bit layer returns fp32 under autocast
+            found = []
+            if n_decode:
+                queries = q[0, :, :n_decode].transpose(0, 1)[:, :, None]  # (n_decode, H, 1, C/H)
+                keys, values = layer[:, :n_decode, :, :longest]
+                y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=is_seen)
+                found.append(y[:, :, 0].transpose(0, 1)[None])  # (1, H, n_decode, C/H)
+            for slot, start, n_ids, n_seen in pieces:
+                keys, values = layer[:, slot:slot + 1, :, :n_seen]
+                mask = torch.ones(n_ids, n_seen, dtype=torch.bool, device=q.device).tril(n_seen - n_ids)
+                queries = q[:, :, start:start + n_ids]
+                found.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
+            return torch.cat(found, dim=2)
+
+        return attention
+
+
+def choose_ids(logits, sequences):
+    """logits (n, vocab) -> n ids. ModelError if the logits are not numbers: then the weights are broken."""
+    highest, greedy = logits.max(dim=1)
+    if not highest.isfinite().all():
+        raise ModelError('the logits of this model are not numbers (nan): its weights are broken')
+    new_ids = greedy.tolist()
+    for i, sequence in enumerate(sequences):
+        if sequence.temperature > 0:
+            new_ids[i] = sample_token(logits[i], sequence.temperature, sequence.top_k, sequence.rng)
+    return new_ids
+
+
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS, on_done=None,
+             cache_bytes=4e9):
+    """
+    prompts, lists of ids of any lengths -> the lists of new ids in the same order, without the end-of-text
+    (eos=-1: nothing ends an answer early). An answer that meets its limit has exactly
+    min(max_new_tokens, block_size - len(prompt)) ids. on_done(i, new_ids) is called as answer i ends.
+
+    temperature 0: the likeliest id. seed: a number, or one for each prompt; an answer's random numbers depend
+    on it and on the prompt alone. ModelError: a prompt is empty or leaves no room.
+    """
+    seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
+    # what cannot be answered is refused before anything is computed
+    sequences = []
+    for i, prompt in enumerate(prompts):
+        sequences.append(Sequence(model.config, prompt, max_new_tokens, temperature, top_k, seeds[i], eos,
+                                  name=f'prompt {i}'))
+    if not sequences or max_new_tokens < 1:
+        return [[] for _ in sequences]
+    number_of = {sequence: i for i, sequence in enumerate(sequences)}
+    was_training = model.training
+    model.eval()
+    try:
+        # what all prompts begin with is computed once; a single one is computed whole
+        prefix = []
+        if len(prompts) > 1:
+            prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
+        engine = Engine(model, prefix, cache_bytes)
+        for sequence in sorted(sequences, key=lambda sequence: -len(sequence.ids)):
+            engine.add(sequence)
+        while engine.has_work():
+            for sequence in engine.step()[0]:
+                if sequence.finish_reason and on_done:
+                    on_done(number_of[sequence], sequence.new_ids)
+    finally:
+        model.train(was_training)
+    return [sequence.new_ids for sequence in sequences]
