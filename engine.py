@@ -246,7 +246,7 @@ class Scheduler:
         return n == 1 or n <= self.max_running and n * longest <= self.max_positions
 
     def schedule(self):
-        """Let sequences join: [(sequence, number of its ids to compute)] of all that run; those that joined."""
+        """Let sequences join: [(sequence, number of its ids to compute)] of all that run; which joined."""
         joined = []
         while self.waiting and self.has_room(self.waiting[0]) and self.room_in_step() > 0:
             sequence = self.waiting.popleft()

@@ -103,8 +103,8 @@ def label(loaded, rows, path, rank, world_size):
     for line in table:
         share = '{value:6.1%} [{low:.1%}, {high:.1%}]'.format(**line['right'])
         print(f'{line["from"]:.2f} to {line["to"]:.2f}{line["rows"]:6}  {share}')
-    print(f'{len(labelled)} of {len(rows)} rows got a label, to the other {n_left_out} too few answers agree: '
-          f'wrote {path}.json')
+    print(f'{len(labelled)} of {len(rows)} rows got a label, to the other {n_left_out} too few answers '
+          f'agree: wrote {path}.json')
 
 
 if __name__ == '__main__':

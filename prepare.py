@@ -29,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, configure, hold, read_json, sha256_of, sha256_of_file, write_json
+from config import UserError, configure, hold, read_json, read_jsonl, sha256_of, sha256_of_file, write_json
 
 import numpy as np
 from tqdm import tqdm
@@ -163,11 +163,11 @@ def encode_row(row, block_size):
 # files to values: JSON, JSONL, CSV or Parquet, known by their first bytes
 
 class Fault(ValueError):
-    """What is wrong with a row or a file. reason: the same without what was seen, as rows may share it."""
+    """What is wrong with a row or a file: in words that others may share, behind a colon what was seen."""
 
-    def __init__(self, message, reason=''):
-        super().__init__(message)
-        self.reason = reason or message
+    @property
+    def reason(self):
+        return str(self).partition(':')[0]
 
 
 def shown(value):
@@ -180,12 +180,8 @@ OTHER_FORMATS = {b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'
                  b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page'}
 
 
-# NaN and Infinity, which JSON does not know, are read as null
-DECODER = json.JSONDecoder(parse_constant=lambda name: None)
-
-
 def read_values(path):
-    """Yields the values of a file, a Fault in place of one that cannot be read. Raises OSError or Fault."""
+    """Yields the values of a file. Raises OSError, EOFError, UnicodeDecodeError or Fault."""
     with open(path, 'rb') as file:
         magic = file.read(8)
     if magic.startswith(b'PAR1'):
@@ -194,89 +190,56 @@ def read_values(path):
     for mark, name in OTHER_FORMATS.items():
         if magic.startswith(mark):
             raise Fault(f'it is {name}: save it as JSON, JSONL, CSV or Parquet, gzipped or not')
-    is_gzip = magic.startswith(b'\x1f\x8b')
+    opener = gzip.open if magic.startswith(b'\x1f\x8b') else open
     # newline: the lines of JSONL may hold other characters at which Python ends a line, and cells line breaks
-    with (gzip.open if is_gzip else open)(path, 'rt', encoding='utf-8-sig', newline='') as file:
-        try:
-            yield from read_text(file, str(path).removesuffix('.gz'))
-        except UnicodeDecodeError as error:
-            raise Fault(f'it is not UTF-8 ({error.reason}): save it as UTF-8') from error
-
-
-def read_text(file, name):
-    """Yields the values of a text file: JSONL, JSON, or a table with commas, tabs or semicolons."""
-    first_line = file.readline()
-    while first_line and not first_line.strip():
-        first_line = file.readline()
-    begin = first_line.lstrip()[:1]
-    if begin not in ('{', '[') or name.endswith(('.csv', '.tsv')):
-        delimiter = max(',\t;', key=first_line.count)
-        if not first_line.count(delimiter):
-            raise Fault(f'it is not JSON, JSONL, CSV or Parquet; it begins with {shown(first_line)}')
-        yield from read_table(itertools.chain([first_line], file), delimiter)
-        return
-    try:
-        json.loads(first_line)
-        is_jsonl = begin == '{'
-    except json.JSONDecodeError as error:
-        is_jsonl = begin == '{' and not is_cut(error, first_line)
-    if not is_jsonl:
-        yield from read_json_text(file, first_line)
-        return
-    for number, line in enumerate(itertools.chain([first_line], file), 1):
-        try:
-            if line.strip():
-                yield DECODER.decode(line)
-        except json.JSONDecodeError as error:
-            yield Fault(f'line {number} is not JSON ({error.msg}, column {error.colno})',
-                        'a line is not JSON')
-
-
-def is_cut(error, text):
-    """Whether the text is wrong, perhaps, only since it ends in the middle of a value."""
-    return error.pos > len(text.rstrip()) - 20 or error.msg.startswith('Unterminated string')
-
-
-def read_table(lines, delimiter):
-    """Yields the rows of a table whose first line names the columns."""
-    csv.field_size_limit(sys.maxsize)
-    for row in csv.DictReader(lines, delimiter=delimiter):
-        if None in row:
-            yield Fault(f'it has more cells than the header: {shown(row[None])}', 'too many cells')
+    with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
+        first_line = next((line for line in file if line.strip()), '')
+        if first_line.lstrip().startswith(('[', '{')):
+            yield from read_json_text(file, first_line)
         else:
-            yield row
+            yield from read_table(file, first_line)
+
+
+def read_table(file, header):
+    """Yields the rows of a table with commas, semicolons or tabs, whose header names the columns."""
+    delimiter = max(',;\t', key=header.count)
+    if delimiter not in header:
+        raise Fault(f'it is not JSON, JSONL, CSV or Parquet: it begins with {shown(header)}')
+    csv.field_size_limit(sys.maxsize)
+    yield from csv.DictReader(itertools.chain([header], file), delimiter=delimiter)
+
+
+# NaN and Infinity, which JSON does not know, are read as null
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def read_json_text(file, text):
     """
-    Yields the values of a JSON list, or objects one after the other. text: what was read of the file already;
-    the rest comes in blocks, and what lies within one value is decoded again with the next block.
+    Yields the values of a JSON list, or objects one after the other, as in JSONL. text: what was read of the
+    file already; the rest comes in blocks, and a value that a block cuts is decoded again with the next one.
     """
-    separators = re.compile(r'[\s,]*')
-    i = 0
-    lines_before = 0  # those of the file before the text, and its characters
-    characters_before = 0
     is_list = text.lstrip().startswith('[')
-    if is_list:
-        i = text.index('[') + 1
+    i = text.index('[') + 1 if is_list else 0
+    n_before = 0  # lines of the file before the text
     while True:
-        i = separators.match(text, i).end()
+        i = re.compile(r'[\s,]*').match(text, i).end()
         if is_list and text[i:i + 1] == ']':
             break
         try:
             value, i = DECODER.raw_decode(text, i)
             yield value
         except json.JSONDecodeError as error:
-            # a block as long as what is kept keeps the time linear
-            block = file.read(max(1 << 20, len(text) - i)) if is_cut(error, text) else ''
+            # the text is wrong, or it ends within a value: then the error is at its end, or about its end. A
+            # block as long as what is kept keeps the time linear
+            is_cut = error.pos > len(text) - 20 or error.msg.startswith('Unterminated string')
+            block = file.read(max(1 << 20, len(text) - i)) if is_cut else ''
             if not block and i == len(text) and not is_list:
                 return
             if not block:
-                line = lines_before + text.count('\n', 0, error.pos) + 1
-                raise Fault(f'it is not JSON, or not whole: {error.msg}, in line {line}, '
-                            f'character {characters_before + error.pos + 1:,} of the file') from error
-            lines_before += text.count('\n', 0, i)
-            characters_before += i
+                line = n_before + text.count('\n', 0, error.pos) + 1
+                raise Fault(f'it is not JSON, or not whole: {error.msg}, line {line}, after '
+                            f'{shown(text[i:error.pos][-40:])}') from error
+            n_before += text.count('\n', 0, i)
             text = text[i:] + block
             i = 0
     if text[i + 1:].strip() or file.read().strip():
@@ -284,28 +247,26 @@ def read_json_text(file, text):
 
 
 def read_parquet(path):
-    """Yields the rows of a Parquet file. A column that Python has no values for becomes text or is missing."""
+    """Yields the rows of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
 
     def values_of(column):
         try:
-            if str(column.type).startswith('extension<arrow.json'):  # of the package datasets: mixed values
-                return [value if value is None else json.loads(value) for value in column.to_pylist()]
-            return column.to_pylist()
-        except (ValueError, pyarrow.ArrowException):  # times in nanoseconds, say
+            values = column.to_pylist()
+        except ValueError:  # times in nanoseconds, say
             return column.cast(pyarrow.string()).to_pylist()
+        if str(column.type).startswith('extension<arrow.json'):
+            # the package datasets writes columns of mixed types as texts of JSON
+            values = [value and json.loads(value) for value in values]
+        return values
 
     try:
         for batch in parquet.ParquetFile(path).iter_batches(8192):
-            columns = {}
-            for name in batch.schema.names:
-                with contextlib.suppress(ValueError, pyarrow.ArrowException):
-                    columns[name] = values_of(batch.column(name))
-            for cells in zip(*columns.values()):
-                yield dict(zip(columns, cells))
+            for cells in zip(*map(values_of, batch.columns)):
+                yield dict(zip(batch.schema.names, cells))
     except pyarrow.ArrowException as error:
-        raise Fault(f'it is not a whole Parquet file ({error})') from error
+        raise Fault(f'it is not a whole Parquet file: {error}') from error
 
 
 # -----------------------------------------------------------------------------
@@ -319,126 +280,94 @@ CONVENTIONS = [  # what instruction, input and output are called; the input may 
     ('query', 'context', 'response'),
 ]
 CHATS = 'messages', 'conversations', 'conversation'  # fields that hold a chat, a list of messages
-ROLES = {
-    'system': 'system', 'developer': 'system', 'user': 'user', 'human': 'user',
-    'assistant': 'assistant', 'gpt': 'assistant', 'chatgpt': 'assistant', 'model': 'assistant',
-    'bot': 'assistant', 'function_call': 'tool call', 'tool_call': 'tool call', 'tool': 'tool',
-    'function': 'tool', 'observation': 'tool', 'tool_response': 'tool', 'ipython': 'tool',
-}
-
-
-def without_missing(value):
-    """A value of a file without what is null or NaN. Fault if it is not an object."""
-    if isinstance(value, Fault):
-        raise value
-    if not isinstance(value, dict):
-        raise Fault(f'it is {type(value).__name__}, not an object: {shown(value)}', 'it is not an object')
-    return {key: cell for key, cell in value.items() if cell is not None and cell == cell}
+SYSTEM = 'system', 'developer'  # what the roles in chats are called
+USER = 'user', 'human'
+ASSISTANT = 'assistant', 'gpt', 'chatgpt', 'model', 'bot'
 
 
 def unwrap(value):
     """A file's value -> its rows: {"data": [rows]} holds them, {"instruction": [...], ...} holds columns."""
     if not isinstance(value, dict) or not value.keys().isdisjoint(CHATS):
         return [value]
-    lists = {key: cells for key, cells in value.items() if isinstance(cells, list) and cells}
-    if not lists:
-        return [value]
-    tables = [cells for cells in lists.values() if all(isinstance(cell, dict) for cell in cells)]
-    has_names = not value.keys().isdisjoint(itertools.chain.from_iterable(CONVENTIONS))
-    if len(tables) == 1 and not has_names:
+    lists = [cells for cells in value.values() if isinstance(cells, list) and cells]
+    tables = [cells for cells in lists if isinstance(cells[0], dict)]
+    is_row = any(names[0] in value for names in CONVENTIONS)
+    if len(tables) == 1 and not is_row:
         return tables[0]
-    is_columns = len(lists) == len(value) > 1 and len({len(cells) for cells in lists.values()}) == 1
-    if is_columns and not tables:
-        return [dict(zip(lists, cells)) for cells in zip(*lists.values())]
+    if len(lists) == len(value) > 1 and not tables and len(set(map(len, lists))) == 1:
+        return [dict(zip(value, cells)) for cells in zip(*lists)]
     return [value]
 
 
 def text_of(message):
     """The text of a chat's message, '' if it has none. Fault if it has parts that are not text."""
-    content = message.get('content', message.get('value'))
-    if isinstance(content, dict):
-        content = [content]
-    if isinstance(content, list):
-        texts = []
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get('text'), str):
-                raise Fault(f'a message of its chat has a part that is not text: {shown(part)}',
-                            'a message has a part that is not text')
-            texts.append(part['text'])
-        content = ''.join(texts)
-    if not isinstance(content, str | None):
-        raise Fault(f'a message of its chat is {shown(content)}, which is not a text',
-                    'a message is not a text')
-    return content or ''
-
-
-def role_of(message):
-    """The role of a chat's message: system, user, assistant, tool call or tool."""
-    role = message.get('role', message.get('from'))
-    if role not in ROLES:
-        raise Fault(f'a message of its chat has the role {shown(role)}, which is not known',
-                    'a message has an unknown role')
-    is_call = message.get('tool_calls') or message.get('function_call')
-    return 'tool call' if is_call else ROLES[role]
-
-
-def list_messages(chat):
-    """A chat -> its messages; {"role": [...], "content": [...]} holds them as columns."""
-    if isinstance(chat, dict) and all(isinstance(column, list) for column in chat.values()):
-        chat = [dict(zip(chat, cells)) for cells in zip(*chat.values())]
-    if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
-        raise Fault(f'its chat is not a list of messages: {shown(chat)}',
-                    'its chat is not a list of messages')
-    return chat
+    content = message.get('content', message.get('value')) or ''
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get('text') if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise Fault(f'a message of its chat is not a text: {shown(part)}')
+        texts.append(text)
+    return ''.join(texts)
 
 
 def first_exchange(chat, needs_output):
     """
-    A chat -> {instruction, input, output} of its first exchange: the user's first message, the system's text
+    A chat -> {instruction, input, output} of its first exchange: what the user says first, the system's text
     before it, and the answer. What else there is, is counted. Fault if there is no such exchange.
     """
-    messages = list_messages(chat)
-    roles = [role_of(message) for message in messages]
-    if 'user' not in roles:
-        raise Fault('its chat has no message of the user')
-    start = roles.index('user')
-    end = next((i for i in range(start, len(roles)) if roles[i] != 'user'), len(roles))
-    system = [i for i in range(start) if roles[i] == 'system']
-    row = {'instruction': '\n\n'.join(text_of(message) for message in messages[start:end]),
-           'input': '\n\n'.join(text_of(messages[i]) for i in system if text_of(messages[i])),
-           'messages_left_out': start - len(system) + len(messages) - end}
-
-    answer = messages[end] if end < len(messages) else {}
+    if isinstance(chat, dict) and all(isinstance(column, list) for column in chat.values()):
+        chat = [dict(zip(chat, cells)) for cells in zip(*chat.values())]  # it holds columns
+    if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
+        raise Fault(f'its chat is not a list of messages: {shown(chat)}')
+    system = []
+    question = []
+    answer = {}
+    role = None
+    for message in chat:
+        role = message.get('role', message.get('from'))
+        if role in SYSTEM and not question:
+            system.append(text_of(message))
+        elif role in USER:
+            question.append(text_of(message))
+        elif question:
+            answer = message
+            break
+    is_call = role not in ASSISTANT or answer.get('tool_calls') or answer.get('function_call')
     fault = ''
-    if not answer or roles[end] == 'tool' or roles[end] == 'system':
+    if not question:
+        raise Fault('its chat has no message of the user')
+    if not answer:
         fault = 'the first question of its chat is not answered'
-    elif roles[end] == 'tool call':
-        fault = 'the first answer of its chat is a tool call'
+    elif is_call:
+        fault = f'the first question of its chat is not answered, but followed by a tool call: {role}'
     elif answer.get('weight') == 0:
         fault = 'the first answer of its chat has weight 0'
     elif not text_of(answer).strip():
         fault = 'the first answer of its chat is empty'
     if fault and needs_output:
         raise Fault(fault)
+    row = {'instruction': '\n\n'.join(question), 'input': '\n\n'.join(filter(None, system)),
+           'messages_left_out': len(chat) - len(system) - len(question) - (not fault)}
     if not fault:
         row['output'] = text_of(answer)
-        row['messages_left_out'] -= 1
-        if answer.get('reasoning_content') or answer.get('thinking'):
-            row['reasoning_left_out'] = 1
+    if answer.get('reasoning_content') or answer.get('thinking'):
+        row['reasoning_left_out'] = 1
     return row
 
 
 def find_names(row, given):
     """What instruction, input and output are called in this row: as given, or by a convention that it has."""
-    if given and given.get('instruction') in row:
-        return given.get('instruction'), given.get('input', 'input'), given.get('output', 'output')
+    if given.get('instruction') in row:
+        return given['instruction'], given.get('input', 'input'), given['output']
     for names in CONVENTIONS:
         if names[0] in row and names[2] in row:
-            return names
-    # a mixture of two conventions
-    instruction = next((names[0] for names in CONVENTIONS if names[0] in row), 'instruction')
-    output = next((names[2] for names in CONVENTIONS if names[2] in row), 'output')
-    return instruction, 'input', output
+            break
+    else:  # a mixture of conventions, or none
+        names = (next((names[0] for names in CONVENTIONS if names[0] in row), 'instruction'), 'input',
+                 next((names[2] for names in CONVENTIONS if names[2] in row), 'output'))
+    is_context = 'input' not in row and isinstance(row.get('context'), str)
+    return names[0], 'context' if is_context else 'input', names[2]
 
 
 def to_row(value, given, needs_output=True):
@@ -446,34 +375,30 @@ def to_row(value, given, needs_output=True):
     A value of a file -> its row: instruction, input and output, and its other fields. given: {ours: theirs}
     of the setting fields. Fault says what is wrong with it.
     """
-    value = without_missing(value)
-    row = dict(value)
+    if not isinstance(value, dict):
+        raise Fault(f'it is {type(value).__name__}, not an object: {shown(value)}')
+    # null and NaN are missing
+    row = {key: cell for key, cell in value.items() if cell is not None and cell == cell}
+    there = ', '.join(map(str, row))[:160]
     if isinstance(row.get('prompt'), list):  # TRL's form of a chat in two parts
-        row['messages'] = list_messages(row.pop('prompt')) + list_messages(row.pop('completion', []))
-    for name in CHATS:
-        if name in row and given.get('instruction') not in row:
+        row['messages'] = row.pop('prompt') + row.pop('completion', [])
+    for name in row.keys() & CHATS:
+        if given.get('instruction') not in row:
             row |= first_exchange(row.pop(name), needs_output)
-    instruction, context, output = find_names(row, given)
-    if context not in row and isinstance(row.get('context'), str) and instruction not in given.values():
-        context = 'context'
-
-    there = ', '.join(map(str, value))
-    for ours, theirs in ('instruction', instruction), ('input', context), ('output', output):
+    for ours, theirs in zip(CONVENTIONS[0], find_names(row, given)):
         if theirs in row:
-            if not isinstance(row[theirs], str):
-                raise Fault(f'{theirs} is {shown(row[theirs])}, which is not a text',
-                            f'{theirs} is not a text')
             row[ours] = row.pop(theirs)
+            if not isinstance(row[ours], str):
+                raise Fault(f'{theirs} is not a text: {shown(row[ours])}')
         elif ours == 'instruction' or ours == 'output' and needs_output:
-            raise Fault(f'{theirs} is missing; say which of {there[:160]} it is: '
-                        '--fields=instruction:...,output:...', f'{theirs} is missing')
+            raise Fault(f'{theirs} is missing: say which of {there} it is, '
+                        '--fields=instruction:...,output:...')
     if not row['instruction'].strip():
         raise Fault('instruction is empty')
     # a system prompt in a column of its own comes before the input, earlier turns are counted
-    system = row.pop('system', row.pop('system_prompt', ''))
-    if isinstance(system, str) and system.strip():
-        row['input'] = '\n\n'.join(filter(None, [system, row.get('input', '')]))
-    if isinstance(row.get('history'), list) and row['history']:
+    if isinstance(row.get('system'), str) and row['system'].strip():
+        row['input'] = '\n\n'.join(filter(None, [row.pop('system'), row.get('input')]))
+    if isinstance(row.get('history'), list):
         row['messages_left_out'] = row.get('messages_left_out', 0) + 2 * len(row['history'])
     return row
 
@@ -481,7 +406,7 @@ def to_row(value, given, needs_output=True):
 def parse_fields(fields):
     """The setting fields -> {ours: theirs}."""
     given = dict(pair.strip().partition(':')[::2] for pair in fields.split(',') if fields)
-    is_right = not given or {'instruction', 'output'} <= given.keys() <= {'instruction', 'input', 'output'}
+    is_right = not given or {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0])
     if not is_right or '' in given.values():
         raise UserError(f'fields={fields!r} must be like instruction:q,output:a, or with input:c, too')
     return given
@@ -494,47 +419,43 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
     """
     given = parse_fields(fields)
     left_out = Counter() if left_out is None else left_out
+    seen = set() if seen is None else seen
     faults = {}
     number = -1
     try:
-        values = itertools.chain.from_iterable(unwrap(value) for value in read_values(path))
+        values = itertools.chain.from_iterable(map(unwrap, read_values(path)))
         for number, value in enumerate(values):
-            if seen is not None and isinstance(value, dict):
-                seen.update(value)
             try:
                 row = to_row(value, given, needs_output)
             except Fault as fault:
                 left_out[fault.reason] += 1
                 faults.setdefault(fault.reason, f'row {number}: {fault}')
             else:
+                seen.update(value)
                 yield row
-    except (OSError, EOFError, Fault) as error:
+    except (OSError, EOFError, UnicodeDecodeError, Fault) as error:
         raise UserError(f'cannot read {path}: {error}') from error
     if number < 0:
         raise UserError(f'{path} has no rows')
     if faults and not skip_faulty:
-        for reason in faults:
-            if left_out[reason] > 1:
-                faults[reason] += f' (and {left_out[reason] - 1:,} more rows)'
-        raise UserError(f'{path}: {"; ".join(list(faults.values())[:5])}. '
-                        '--skip_faulty=True leaves such rows out')
+        several = [f'{text} (and {left_out[reason] - 1:,} more rows)' if left_out[reason] > 1 else text
+                   for reason, text in faults.items()]
+        raise UserError(f'{path}: {"; ".join(several[:5])}. --skip_faulty=True leaves such rows out')
 
 
 # -----------------------------------------------------------------------------
 # sources, and the splits of their rows
 
 def find_sources(source):
-    """The paths of the files that a setting names, {name: path}. URLs are downloaded. Raises UserError."""
-    paths = {}
+    """{name: path} of the files that a setting names. URLs are downloaded. Raises UserError."""
     # a comma separates names, unless it belongs to the name of a file that is there
     names = [source] if Path(source).is_file() else [name.strip() for name in source.split(',')]
+    paths = {}
     for name in filter(None, names):
         if name.startswith(('http://', 'https://')):
             from model import download  # here, as files at hand need no torch
             mark = hashlib.sha256(name.encode()).hexdigest()[:8]
-            last = name.rsplit('/', 1)[1]
-            if '.' in last.partition('?')[0]:  # rows.jsonl.gz?download=true: the ending tells the form
-                last = last.partition('?')[0]
+            last = name.rpartition('/')[2].partition('?')[0]
             paths[name] = download([name], Path('data', dataset, f'download-{mark}-{last}'))
             continue
         found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
@@ -548,17 +469,6 @@ def find_sources(source):
     return paths
 
 
-# what memory holds of each row: numbers, and hashes by which rows, prompts and answers are compared
-ROW_STATS = {
-    'source': 'i', 'length': 'i', 'header': 'i', 'answer': 'i', 'is_cut': 'b', 'spells_end': 'b',
-    'n_bytes': 'i', 'row_key': 'q', 'prompt_key': 'q', 'answer_key': 'q'}
-
-
-# what else is left out, and counted
-OTHER_COUNTS = MESSAGES, REASONING, DUPLICATES = (
-    'messages of chats, since a row is the first exchange', 'texts of reasoning', 'rows that equal others')
-
-
 def normalize(text):
     """
     The text by which prompts are compared: without differences in case, white space, and punctuation at the
@@ -567,11 +477,16 @@ def normalize(text):
     return ' '.join(word.strip('.,;:!?"\'()[]') or word for word in text.casefold().split())
 
 
+# what memory holds of each row: numbers, and hashes by which rows, prompts and answers are compared
+ROW_STATS = ('source', 'length', 'header', 'answer', 'is_cut', 'spells_end', 'n_bytes', 'row_key',
+             'prompt_key', 'answer_key')
+
+
 class Encoded(NamedTuple):
     """Rows that were read and encoded, in the order of their files; their ids and texts lie in files."""
-    stats: dict  # name of ROW_STATS -> an array, an element for each row
+    stats: dict  # name of ROW_STATS -> an int64 array, an element for each row
     n_shared: int  # how many ids all prompts begin with
-    left_out: Counter  # rows and messages that are left out, by reason
+    left_out: Counter  # faulty rows, messages and texts that are left out, by reason
     seen: set  # the names of the rows' fields
 
 
@@ -580,7 +495,7 @@ def encode_sources(sources, part):
     Read and encode the rows of {name: path}: an Encoded. Their ids are written to part/ids, the rows as
     JSON to part/rows; a row says which of several files it is from.
     """
-    stats = {name: array(kind) for name, kind in ROW_STATS.items()}
+    numbers = array('q')
     left_out = Counter()
     seen = set()
     shared = None
@@ -594,27 +509,26 @@ def encode_sources(sources, part):
           tqdm(rows(), unit='row', disable=None) as bar):
         for n_rows, (number, row) in enumerate(bar, 1):
             ids, header, answer = encode_row(row, block_size) or ([], 0, 0)
-            if ids:
-                prompt = ids[:answer]
-                if shared is None or prompt[:-1][:len(shared)] != shared:
-                    shared = os.path.commonprefix([prompt[:-1], shared or prompt[:-1]])
-            ids_file.write(struct.pack(f'<{len(ids)}H', *ids))
             text = to_json(row)
+            ids_file.write(struct.pack(f'<{len(ids)}H', *ids))
             rows_file.write(text)
+            texts = row['instruction'], row.get('input', ''), row['output']
+            prompt = normalize(texts[0]), normalize(texts[1])
+            numbers.extend((number, len(ids), header, answer, ids[-1:] != [EOS], END in texts[2], len(text),
+                            hash(texts), hash(prompt), hash(texts[2].strip())))
+            if ids and ids[:answer - 1][:len(shared or [])] != shared:
+                shared = os.path.commonprefix([ids[:answer - 1], shared or ids[:answer - 1]])
             left_out[MESSAGES] += row.get('messages_left_out', 0)
             left_out[REASONING] += row.get('reasoning_left_out', 0)
-            prompt = normalize(row['instruction']), normalize(row.get('input', ''))
-            whole = row['instruction'], row.get('input', ''), row['output']
-            for name, value in zip(ROW_STATS, (
-                    number, len(ids), header, answer, ids[-1:] != [EOS], END in row['output'], len(text),
-                    hash(whole), hash(prompt), hash(row['output'].strip()))):
-                stats[name].append(value)
             if bar.disable and n_rows % 200_000 == 0:
                 print(f'{n_rows:,} rows read', flush=True)
-    stats = {name: np.frombuffer(numbers, numbers.typecode) for name, numbers in stats.items()}
-    return Encoded(stats, len(shared or []), left_out, seen)
+    columns = np.frombuffer(numbers, np.int64).reshape(-1, len(ROW_STATS)).T
+    return Encoded(dict(zip(ROW_STATS, columns)), len(shared or []), left_out, seen)
 
 
+MESSAGES = 'messages: a row is the first exchange of a chat'
+REASONING = 'texts of reasoning'
+DUPLICATES = 'rows: they equal others'
 ENCODER = json.JSONEncoder(default=str, allow_nan=False)
 
 
@@ -645,6 +559,7 @@ def split_rows(keys, split_seed, train_share, test_share):
     order = np.argsort(first_row).tolist()
     random.Random(split_seed).shuffle(order)
 
+    # each into the first split that has room for it
     groups = {split: [] for split in sizes}
     for number in order:
         n_rows = int(group_size[number])
@@ -653,10 +568,31 @@ def split_rows(keys, split_seed, train_share, test_share):
         groups[split].append(number)
 
     # the rows of each split, group by group
-    rank = np.empty(len(order), int)
-    rank[order] = np.arange(len(order))
+    rank = np.argsort(order)
     rows = np.argsort(rank[group], kind='stable')
     return {split: rows[np.isin(group[rows], groups[split])] for split in sizes}
+
+
+def assign_splits(encoded, n_given):
+    """
+    {split: the numbers of its rows}. Of rows that are equal the first stays. n_given: {split: how many
+    sources, the last ones, are of the user's own for it}; the rest of the rows is split by the shares.
+    """
+    source = encoded.stats['source']
+    unique = np.sort(np.unique(encoded.stats['row_key'], return_index=True)[1])
+    encoded.left_out[DUPLICATES] += len(source) - len(unique)
+    n_sources = source.max() + 1
+    given = {}
+    for split, number in n_given.items():
+        given[split] = unique[(source[unique] >= n_sources - number) & (source[unique] < n_sources)]
+        n_sources -= number
+    rest = unique[source[unique] < n_sources]
+    # a split that is given takes no share
+    its_test_share = 0 if 'test' in given else test_share
+    its_val_share = 0 if 'val' in given else 1 - train_share - test_share
+    cut = split_rows(encoded.stats['prompt_key'][rest], split_seed, 1 - its_test_share - its_val_share,
+                     its_test_share)
+    return {split: given[split] if split in given else rest[cut[split]] for split in SPLITS}
 
 
 # -----------------------------------------------------------------------------
@@ -666,6 +602,11 @@ class Split(NamedTuple):
     """A split of a data set."""
     ids: np.ndarray  # uint16, memory-mapped: the rows back to back
     meta: dict  # the .json, its offsets as arrays, with `end` (exclusive)
+
+
+def starts_of(lengths):
+    """Lengths of things that lie back to back -> where each begins."""
+    return np.cumsum(lengths, dtype=int) - lengths
 
 
 def copy_spans(path, starts, lengths, target):
@@ -681,32 +622,26 @@ def write_split(part, split, encoded, numbers, meta, many=MANY):
     Write part/<split>.bin (uint16 ids, rows back to back) and .json (meta, absolute offsets, rows) of the
     rows with these numbers; for more rows than `many`, the offsets and rows in files beside it.
     """
-    stats = encoded.stats
-    lengths = stats['length'][numbers].astype(int)
+    stats = {name: values[numbers] for name, values in encoded.stats.items()}
+    start = starts_of(stats['length'])
+    offsets = np.stack([start, start + stats['header'], start + stats['answer'], stats['source']])
     with open(part / f'{split}.bin', 'wb') as file:
-        copy_spans(part / 'ids', 2 * starts_of(stats['length'])[numbers], 2 * lengths, file)
-    start = starts_of(lengths)
-    offsets = np.stack([start, start + stats['header'][numbers], start + stats['answer'][numbers],
-                        stats['source'][numbers]])
-    meta = {'format': 1, 'split': split, **meta, 'examples': len(numbers), 'tokens': int(lengths.sum())}
-    with open(part / f'{split}.rows.jsonl', 'w+b') as file:
-        if split != 'train':  # whose rows nobody reads
-            copy_spans(part / 'rows', starts_of(stats['n_bytes'])[numbers], stats['n_bytes'][numbers], file)
-        if len(numbers) <= many:
-            file.seek(0)
-            meta |= zip(OFFSETS, offsets.tolist())
-            meta |= {} if split == 'train' else {'rows': [json.loads(line) for line in file]}
+        copy_spans(part / 'ids', 2 * starts_of(encoded.stats['length'])[numbers], 2 * stats['length'], file)
+    rows_path = part / f'{split}.rows.jsonl'
+    if split != 'train':  # whose rows nobody reads
+        with open(rows_path, 'wb') as file:
+            copy_spans(part / 'rows', starts_of(encoded.stats['n_bytes'])[numbers], stats['n_bytes'], file)
+    meta = {'format': 1, 'split': split, **meta, 'examples': len(numbers)}
+    meta['tokens'] = int(stats['length'].sum())
     if len(numbers) > many:
         meta['format'] = 2
         np.save(part / f'{split}.offsets.npy', offsets)
-    if len(numbers) <= many or split == 'train':
-        (part / f'{split}.rows.jsonl').unlink()
+    else:
+        meta |= zip(OFFSETS, offsets.tolist())
+        if split != 'train':
+            meta['rows'] = read_jsonl(rows_path)
+            rows_path.unlink()
     write_json(part / f'{split}.json', meta)
-
-
-def starts_of(lengths):
-    """Lengths of things that lie back to back -> where each begins."""
-    return np.cumsum(lengths, dtype=int) - lengths
 
 
 def read_split(dataset, split, n_rows=None):
@@ -739,8 +674,7 @@ def read_split(dataset, split, n_rows=None):
 
 def data_hash(dataset):
     """What tells a data set and how it is split from any other: a hash of its three token files."""
-    paths = [Path('data', dataset, f'{split}.bin') for split in SPLITS]
-    return sha256_of([sha256_of_file(path) for path in paths])
+    return sha256_of([sha256_of_file(Path('data', dataset, f'{split}.bin')) for split in SPLITS])
 
 
 # -----------------------------------------------------------------------------
@@ -819,94 +753,72 @@ def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024)
 # -----------------------------------------------------------------------------
 # the stage
 
-def assign_splits(encoded, n_given):
-    """
-    {split: the numbers of its rows}. Of rows that are equal the first stays. n_given: {split: how many
-    sources, the last ones, are of the user's own for it}; the rest of the rows is split by the shares.
-    """
-    stats = encoded.stats
-    unique = np.sort(np.unique(stats['row_key'], return_index=True)[1])
-    encoded.left_out[DUPLICATES] += len(stats['row_key']) - len(unique)
-    n_sources = int(stats['source'].max()) + 1
-    splits = {}
-    for split, number in n_given.items():
-        its_sources = range(n_sources - number, n_sources)
-        splits[split] = unique[np.isin(stats['source'][unique], its_sources)]
-        n_sources -= number
-    mine = unique[stats['source'][unique] < n_sources]
-    # a split that is given takes no share
-    shares = {'test': 0 if 'test' in splits else test_share,
-              'val': 0 if 'val' in splits else 1 - train_share - test_share}
-    cut = split_rows(stats['prompt_key'][mine], split_seed, 1 - sum(shares.values()), shares['test'])
-    return {split: splits.get(split, mine[cut[split]]) for split in SPLITS}
-
-
 def check_splits(encoded, splits, kept):
     """UserError says why a split is left empty."""
     for split in SPLITS:
-        if len(kept[split]):
-            continue
         n_rows = sum(map(len, splits.values()))
         n_prompts = len(np.unique(encoded.stats['prompt_key']))
+        cause = f'there are {n_rows} rows'
         if len(splits[split]):
             cause = f'the prompts of its {len(splits[split])} rows reach block_size={block_size}'
         elif n_prompts < n_rows / 2:
-            cause = (f'the {n_rows} rows have {n_prompts} different prompts, and rows with equal prompts '
-                     'stay in one split')
-        else:
-            cause = f'there are {n_rows} rows'
-        raise UserError(f'{split} is left empty: {cause}; take more rows, or another train_share, test_share '
-                        'or block_size')
+            cause = f'the {n_rows} rows have {n_prompts} prompts, and rows with one prompt stay together'
+        if not len(kept[split]):
+            raise UserError(f'{split} is left empty: {cause}; take more rows, or another train_share, '
+                            'test_share or block_size')
 
 
 def describe(encoded, splits, kept, source_names):
-    """Print what each split holds."""
-    stats = encoded.stats
+    """Print what each split holds, and what was left out."""
     columns = []
-    for split in SPLITS:
-        numbers = kept[split]
-        its = {name: values[numbers] for name, values in stats.items()}
-        is_train = split == 'train'
-        n_also = {key: 0 if is_train else int(np.isin(its[key], stats[key][kept['train']]).sum())
-                  for key in ('prompt_key', 'answer_key')}
+    for split, numbers in kept.items():
+        its = {name: values[numbers] for name, values in encoded.stats.items()}
+        is_whole = its['is_cut'] == 0
         column = {
-            'rows': len(numbers), 'tokens': int(its['length'].sum()),
-            'mean length': float(its['length'].mean().round(1)), 'longest': int(its['length'].max()),
-            'supervised tokens': int((its['length'] - its['answer']).sum()),
-            'truncated': int(its['is_cut'].sum()),
-            'dropped': len(splits[split]) - len(numbers),
-            'empty answers': int(((its['length'] == its['answer'] + 1) & (its['is_cut'] == 0)).sum()),
-            'prompts also in train': n_also['prompt_key'], 'answers also in train': n_also['answer_key']}
+            'rows': len(numbers), 'tokens': its['length'].sum(), 'mean length': its['length'].mean().round(1),
+            'longest': its['length'].max(), 'supervised tokens': (its['length'] - its['answer']).sum(),
+            'truncated': its['is_cut'].sum(), 'dropped': len(splits[split]) - len(numbers),
+            'empty answers': (is_whole & (its['length'] == its['answer'] + 1)).sum()}
+        for name in 'prompt', 'answer':
+            in_train = encoded.stats[f'{name}_key'][kept['train']]
+            is_also = np.isin(its[f'{name}_key'], in_train) & (split != 'train')
+            column[f'{name}s also in train'] = is_also.sum()
         for number, name in enumerate(source_names if len(source_names) > 1 else ()):
-            column[f'rows of {name}'] = int((its['source'] == number).sum())
+            column[f'rows of {name}'] = (its['source'] == number).sum()
         columns.append(column)
-    width = max(len(name) for name in columns[0]) + 2
-    print(f'\n{"":{width}}' + ''.join(f'{split:>12}' for split in SPLITS))
+    width = max(map(len, columns[0])) + 2
+    print(f'\n{"":{width}}' + ''.join(f'{split:>12}' for split in kept))
     for name in columns[0]:
         print(f'{name:{width}}' + ''.join(f'{column[name]:>12,}' for column in columns))
     print()
     for reason, count in encoded.left_out.items():
         if count:
-            print(f'left out: {count:,} {reason if reason in OTHER_COUNTS else "rows: " + reason}')
-    if stats['spells_end'].any():
-        print(f'{stats["spells_end"].sum():,} answers spell {END}: that stays text; the end of an answer is '
+            is_row = reason not in (MESSAGES, REASONING, DUPLICATES)
+            print(f'left out: {count:,} {"rows: " if is_row else ""}{reason}')
+    if encoded.stats['spells_end'].any():
+        print(f'{encoded.stats["spells_end"].sum():,} answers spell {END}: that stays text, and the end is '
               'added to each')
+
+
+def show_example(ids, answer):
+    """Print an example as the model will see it."""
+    before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
+    print('an example, its supervised tokens marked:\n')
+    print(detokenize(ids[:answer]) + before + detokenize(ids[answer:]) + after)
 
 
 def prepare(source_names, sources, n_given, part):
     """Read, tokenize, split and write the rows of the sources; tell what became of them."""
     encoded = encode_sources(sources, part)
-    given = parse_fields(fields)
-    if not set(given.values()) <= encoded.seen:
-        raise UserError(f'fields={fields!r}: no row has {", ".join(set(given.values()) - encoded.seen)}; '
-                        f'the rows have {", ".join(sorted(map(str, encoded.seen)))[:200]}')
-    if not len(encoded.stats['length']):
-        reasons = ', '.join(f'{count:,}: {reason}' for reason, count in encoded.left_out.items() if count)
-        raise UserError(f'no row is left of {source} ({reasons})')
+    unknown = set(parse_fields(fields).values()) - encoded.seen
+    if unknown and encoded.seen:
+        raise UserError(f'fields={fields!r}: no row has {", ".join(unknown)}; the rows have '
+                        f'{", ".join(sorted(encoded.seen))[:200]}')
+    if not encoded.seen:
+        raise UserError(f'no row is left of {source}: {", ".join(encoded.left_out)}')
     splits = assign_splits(encoded, n_given)
     kept = {split: numbers[encoded.stats['length'][numbers] > 0] for split, numbers in splits.items()}
     check_splits(encoded, splits, kept)
-
     # what all three .json say of themselves
     hashes = [sha256_of_file(path) for path in sources.values()]
     meta = {
@@ -914,25 +826,19 @@ def prepare(source_names, sources, n_given, part):
         'source': source_names, 'sources': list(sources),
         'sha256': hashes[0] if len(hashes) == 1 else sha256_of(hashes), 'split_seed': split_seed,
         'block_size': block_size, 'shared_prefix': encoded.n_shared, 'config': config}
-    for split in SPLITS:
-        write_split(part, split, encoded, kept[split], meta)
+    for split, numbers in kept.items():
+        write_split(part, split, encoded, numbers, meta)
     describe(encoded, splits, kept, list(sources))
-
-    # one example as the model will see it
     print(f'all prompts share their first {encoded.n_shared} tokens')
-    print('an example, its supervised tokens marked:\n')
-    before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
-    number = kept['train'][0]
-    ids = np.fromfile(part / 'train.bin', '<u2', encoded.stats['length'][number]).tolist()
-    answer = encoded.stats['answer'][number]
-    print(detokenize(ids[:answer]) + before + detokenize(ids[answer:]) + after)
+    first = kept['train'][0]
+    ids = np.fromfile(part / 'train.bin', '<u2', encoded.stats['length'][first]).tolist()
+    show_example(ids, encoded.stats['answer'][first])
 
 
 def check_folder(folder, source_names, sources):
     """UserError if the folder holds the rows of another source, or a file that is about to be read."""
-    written = [folder / f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]
     read = {Path(path).resolve() for path in sources.values()}
-    for path in written:
+    for path in [folder / f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]:
         if path.resolve() in read:
             raise UserError(f'{path} would be overwritten: set --dataset to another folder')
     old = source_names
@@ -943,21 +849,20 @@ def check_folder(folder, source_names, sources):
                         'with --overwrite=True')
 
 
-if __name__ == '__main__':
+def main():
     folder = Path('data', dataset)
     part = folder / '.part'
     if train_share + test_share > 1:
         raise UserError(f'train_share={train_share} and test_share={test_share} are more than all rows')
-    # the user's own files for val and test come last; a file of both is read once
+    # the user's own files for val and test come last
     sources = find_sources(source)
     n_given = {}
     for split, its_source in ('val', val_source), ('test', test_source):
-        if its_source:
-            found = find_sources(its_source)
-            if found.keys() & sources.keys():
-                raise UserError(f'{split}_source names a file that another split has: {its_source}')
-            sources |= found
-            n_given = {split: len(found)} | n_given
+        found = find_sources(its_source) if its_source else {}
+        if found.keys() & sources.keys():
+            raise UserError(f'{split}_source names a file that another split has: {its_source}')
+        sources |= found
+        n_given = ({split: len(found)} if found else {}) | n_given
     source_names = ' | '.join(filter(None, [source, val_source, test_source]))
     check_folder(folder, source_names, sources)
     hold(folder)
@@ -966,9 +871,8 @@ if __name__ == '__main__':
         part.mkdir(parents=True)
         prepare(source_names, sources, n_given, part)
         # the .json come last: a kill in between leaves no split of now beside one of before
-        for split in SPLITS:
-            for ending in ENDINGS:
-                (folder / f'{split}.{ending}').unlink(missing_ok=True)
+        for name in [f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]:
+            (folder / name).unlink(missing_ok=True)
         for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):
             with open(file, 'rb') as written:
                 os.fsync(written.fileno())
@@ -981,3 +885,7 @@ if __name__ == '__main__':
             folder.rmdir()
             folder.parent.rmdir()
     print(f'\nwrote data/{dataset}/{{train,val,test}}.{{bin,json}}')
+
+
+if __name__ == '__main__':
+    main()

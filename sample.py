@@ -95,7 +95,8 @@ def find_run(config):
     is_named = named or 'init_from' in config.files
     if not run and (not is_named or config['init_from'] in ('scratch', 'resume')):
         there = 'has no run' if out.exists() else 'does not exist'
-        raise UserError(f'{out} {there}: train one with python train.py, or name a model with --init_from=gpt2')
+        raise UserError(f'{out} {there}: train one with python train.py, or name a model, like '
+                        '--init_from=gpt2')
     return None
 
 
@@ -240,13 +241,13 @@ def read_test_split(config, loaded):
     data = read_split(dataset, 'test')
     if not config['other_data']:
         now = {'data': data_hash(dataset), 'source rows': data.meta['sha256']}
-        check_made_of(loaded.name, loaded.made_of, now, f'rows of data/{dataset} may be among those it learned: '
-                      'prepare them as they were, or set --other_data=True')
+        check_made_of(loaded.name, loaded.made_of, now, f'rows of data/{dataset} may be among those it '
+                      'learned: prepare them as they were, or set --other_data=True')
     longest = int((data.meta['end'] - data.meta['start']).max())
     if longest > loaded.model.config.block_size:
         block_size = loaded.model.config.block_size
-        raise UserError(f'data/{dataset} has a test row of {longest} tokens, the model {block_size} positions; '
-                        f'prepare the data again with --block_size={block_size}')
+        raise UserError(f'data/{dataset} has a test row of {longest} tokens, the model {block_size} '
+                        f'positions; prepare the data again with --block_size={block_size}')
     return data
 
 
@@ -304,7 +305,7 @@ def main():
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
     if world_size > 1 and (prompt or interactive or questions):
-        raise UserError('several processes share the test split; start python sample.py for other forms of asking')
+        raise UserError('several processes share the test split; for all else start one: python sample.py')
     loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from, adapter)
     writes_test_split = not (prompt or interactive or questions)
     data = read_test_split(config, loaded) if writes_test_split else None

@@ -37,61 +37,14 @@ ROWS = [
 TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', '--learning_rate=1e-3',
         '--sample_every_epoch=False', '--eval_interval=1000')
 STAGES = {path.name for path in ROOT.glob('*.py')} | {'host_tensors.py'}
+TIME_LIMIT = 300  # seconds for a stage, far more than any of them takes on a machine that does nothing else
 TORCHRUN = '-m', 'torch.distributed.run', '--nproc_per_node=2'  # before a stage
-
-
-# A process that has imported what the stages import, which takes most of the time of a tiny run. It reads lines: a command, [folder,
-# files of stdin, stdout and stderr, environment, Python to run first, *argv], for which it forks a copy of itself, in which the stage
-# runs as __main__, and writes its pid; or a pid, for which it waits, and writes the exit code
-FORKER = f"""
-import atexit, gc, json, os, runpy, sys, threading
-sys.path.insert(0, {str(ROOT)!r})
-import fastapi, matplotlib.figure, prepare, profanity_check, prometheus_client, requests, rouge_score.rouge_scorer, sacrebleu.metrics
-import functools, scipy.stats, stdnum, tiktoken.load, torch, torch._dynamo, torch.distributed.checkpoint.state_dict, uvicorn
-tiktoken.load.data_gym_to_mergeable_bpe_ranks = functools.cache(tiktoken.load.data_gym_to_mergeable_bpe_ranks)
-prepare.get_tokenizer()
-gc.freeze()  # or each copy would touch, and so copy, all of its memory
-for line in sys.stdin:
-    request = json.loads(line)
-    pid = 0 if isinstance(request, list) else request
-    if pid:
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    elif pid := os.fork():
-        print(pid, flush=True)
-    else:
-        break
-else:
-    os._exit(0)
-folder, stdin, stdout, stderr, environment, first, *sys.argv = request
-for number, name in enumerate([stdin, stdout, stderr]):
-    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
-sys.stdin = os.fdopen(0)
-os.chdir(folder)
-os.environ.update(environment)
-sys.path[0] = os.path.dirname(sys.argv[0])
-code = 1
-try:
-    try:
-        exec(first)
-        runpy.run_path(sys.argv[0], run_name='__main__')
-        code = 0
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-except SystemExit as end:
-    code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    if isinstance(end.code, str):
-        print(end.code, file=sys.stderr)
-threading._shutdown()
-atexit._run_exitfuncs()
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(code)  # as Python ends, but for freeing all objects, which takes half a second
-"""
 
 
 @functools.cache
 def forker():
-    return subprocess.Popen([sys.executable, '-c', FORKER], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    """The process of forker.py."""
+    return subprocess.Popen([sys.executable, ROOT / 'tests/forker.py'], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def tell_forker(request):
@@ -100,16 +53,19 @@ def tell_forker(request):
 
 
 class Started:
-    """A program that runs: a stage in a copy of FORKER's process (on Linux; others do not like forks), any other in a new one."""
+    """A program that runs: a stage in a copy of forker.py's process (on Linux; others do not like forks), any other in a new one."""
 
     def __init__(self, folder, command, env, first='', input=''):
-        output, self.returncode, self.process = Path(tempfile.mkdtemp()), None, None
+        output = Path(tempfile.mkdtemp())
+        self.returncode = None
+        self.process = None
         stdin, *self.files = [output / name for name in ('stdin', 'stdout', 'stderr')]
         stdin.write_text(input)
         command = [str(ROOT / arg) if str(arg) in STAGES else str(arg) for arg in command]
         is_stage = Path(command[0]).name in STAGES and not env.keys() & {'PYTHONPATH', 'OMP_NUM_THREADS'}
-        if is_stage and sys.platform == 'linux':
-            self.pid = tell_forker([str(folder), *map(str, (stdin, *self.files)), env, first, *command])
+        if is_stage and sys.platform == 'linux' and os.environ.get('FORKER') != '0':
+            self.pid = tell_forker({'folder': str(folder), 'stdin': str(stdin), 'stdout': str(self.files[0]), 'stderr': str(self.files[1]),
+                                    'environment': env, 'first': first, 'argv': command})
             return
         if first:
             command = ['-c', 'import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = os.path.dirname(sys.argv[0])\n'
@@ -118,12 +74,19 @@ class Started:
             self.process = subprocess.Popen([sys.executable, *command], cwd=folder, env=os.environ | env, stdin=stdin, stdout=stdout, stderr=stderr)
         self.pid = self.process.pid
 
-    def wait(self, timeout=120):
-        """-> the exit code; the process is killed if it takes longer."""
-        timer = threading.Timer(timeout, os.kill, (self.pid, signal.SIGKILL))
+    def wait(self, timeout=TIME_LIMIT):
+        """The exit code. A process that takes longer than timeout seconds is killed, and the test fails with these words."""
+        was_late = []
+
+        def kill():
+            was_late.append(True)
+            os.kill(self.pid, signal.SIGKILL)
+
+        timer = threading.Timer(timeout, kill)
         timer.start()
         self.returncode = self.process.wait() if self.process else tell_forker(self.pid)
         timer.cancel()
+        assert not was_late, f'killed at the time limit of {timeout} s; it had printed: {self.output()}'
         return self.returncode
 
     def output(self):
@@ -140,7 +103,7 @@ class Started:
         self.wait()
 
 
-def stage(folder, *command, code=0, env=None, timeout=120, processes=1, first='', input=''):
+def stage(folder, *command, code=0, env=None, timeout=TIME_LIMIT, processes=1, first='', input=''):
     """
     Run a stage in folder as a user does -> CompletedProcess, after asserting the exit code. processes: as many, started as torchrun
     starts them, in less time; what all print, and the first code that is not 0. first: Python that runs before the stage. input: of stdin.
