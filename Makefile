@@ -1,26 +1,23 @@
-# make demo: from a fresh clone to scores · make try: type to its model · make test · make interop · make bench · make clean
+# make demo: from a fresh clone to scores · make try: type to its model · make test · make interop · make bench · make gpu · make clean
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
-# what is installed belongs to these files: a change in them installs again
+# what is installed belongs to these files: a change in them installs again. On Linux pip's torch is the CUDA
+# build, of several gigabytes; TORCH=cpu takes the CPU build
 $(VENV)/demo: requirements.txt
+	@echo 'installing requirements.txt (torch and nine others: 1 to 5 GB, some minutes) into $(VENV)'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
-NEEDED = requirements-dev.txt requirements-export.txt requirements-serve.txt
-$(VENV)/test: $(VENV)/demo $(NEEDED)
-	$(RUN) -m pip install --quiet --disable-pip-version-check $(NEEDED:%=-r %)
+$(VENV)/test: $(VENV)/demo requirements-extra.txt requirements-dev.txt
+	$(PIP) -r requirements-extra.txt -r requirements-dev.txt
 	touch $@
 
-# compiles llama.cpp: some minutes
-$(VENV)/interop: $(VENV)/test requirements-interop.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
-	touch $@
-
-# the rows of the demo
-data/demo.json: data/make_demo.py data/words.txt | $(VENV)/demo
+# the rows of the demo, and the model that it starts from
+data/demo.json: data/make_demo.py data/start_model.py data/words.txt | $(VENV)/demo
 	$(RUN) data/make_demo.py
 
 demo: $(VENV)/demo data/demo.json
@@ -29,24 +26,27 @@ demo: $(VENV)/demo data/demo.json
 	$(RUN) sample.py config/demo.py
 	$(RUN) judge.py config/demo.py
 	@echo
-	@echo 'Now type a sentence of your own: make try, then, say'
-	@echo '  Rewrite the sentence in the passive voice. | The girl kicked the ball.'
+	@echo 'Now type a sentence of your own: make try'
 
 try: $(VENV)/demo
+	@test -f out/demo/ckpt.pt || { echo 'there is no model yet: make demo (about ten minutes)'; exit 2; }
 	$(RUN) sample.py config/demo.py --interactive=True
 
 test: $(VENV)/test data/demo.json
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -n auto --dist worksteal
 
-interop: $(VENV)/interop data/demo.json
-	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py tests/test_train.py::test_compile
+interop: $(VENV)/test data/demo.json
+	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py tests/test_clients.py tests/test_train.py tests/test_versions.py
 
 bench: $(VENV)/test data/demo.json
 	$(RUN) tests/bench.py
 
+gpu: $(VENV)/demo
+	$(RUN) tests/gpu.py
+
 clean:
-	rm -rf out data/*/ data/demo*.json .pytest_cache .ruff_cache
+	rm -rf out data/*/ data/demo*.json data/demo_start.pth .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
-.PHONY: demo try test interop bench clean
+.PHONY: demo try test interop bench gpu clean
