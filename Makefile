@@ -4,8 +4,7 @@ VENV = .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
-# what is installed belongs to these files: a change in them installs again. On Linux pip's torch is the CUDA
-# build, of several gigabytes; TORCH=cpu takes the CPU build
+# what is installed belongs to these files: a change in them installs again
 $(VENV)/demo: requirements.txt
 	@echo 'installing requirements.txt (torch and nine others: 1 to 5 GB, some minutes) into $(VENV)'
 	$(PYTHON) -m venv $(VENV)
