@@ -7,15 +7,15 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import model as module
+from model import GPT, GPTConfig, ModelError, download
+
 import numpy as np
 import pytest
 import requests
 import torch
 from conftest import ROOT
 from test_load import huggingface_tensors, same, write_openai
-
-import model as module
-from model import GPT, GPTConfig, ModelError, download
 
 BODY = bytes(range(256)) * 800  # 204,800 bytes: several chunks
 PAGE = b'<?xml version="1.0" encoding="utf-8"?>\n<Error><Code>BlobNotFound</Code></Error>'
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(416, b'')
             code, head = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
         if answer == 'slow':
-            time.sleep(5)
+            time.sleep(1)
         if answer in ('cut', 'stall', 'cut, no length'):
             half = body[start:start + (len(body) - start) // 2]
             self.answer(code, half, head, -1 if 'no length' in answer else len(body) - start)
@@ -82,14 +82,14 @@ def server(monkeypatch):
 
 
 def names_in(folder):
-    """-> the files in it, without the lock that processes take turns by."""
+    """The files in it, without the lock that processes take turns by."""
     return sorted(path.name for path in folder.iterdir() if path.name != '.lock')
 
 
-def fault_of(call, *args, **knobs):
-    """-> the message of the ModelError; one line, always."""
+def fault_of(call, *args, **settings):
+    """The message of the ModelError; one line, always."""
     with pytest.raises(ModelError) as error:
-        call(*args, **knobs)
+        call(*args, **settings)
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -97,9 +97,9 @@ def fault_of(call, *args, **knobs):
 @pytest.fixture
 def get(server, tmp_path):
     """get(...) -> download of /a, then /b, checked to be whole, and to leave nothing aside."""
-    def get(size=204_800, **knobs):
+    def get(size=204_800, **settings):
         path = tmp_path / 'deep' / 'file'
-        assert download([server.url + '/a', server.url + '/b'], path, size, **knobs) == path
+        assert download([server.url + '/a', server.url + '/b'], path, size, **settings) == path
         assert path.read_bytes() == BODY and names_in(path.parent) == ['file']
         return server.log
     return get
@@ -267,16 +267,18 @@ def released(server, monkeypatch, tmp_path):
     reference = GPT.from_pretrained(source)
     hf = save(huggingface_tensors(reference))
     sizes = [(source / name).stat().st_size for name in (DATA, INDEX)]
-    row = GPTConfig(8, 40, 1, 2, 128), '124M', *sizes, len(hf), hashlib.sha256(hf).hexdigest()
-    monkeypatch.setitem(module.RELEASED, 'gpt2', row)
+    small = module.Released(GPTConfig(8, 40, 1, 2, 128), '124M', *sizes, len(hf), hashlib.sha256(hf).hexdigest())
+    monkeypatch.setitem(module.RELEASED, 'gpt2', small)
+    # Hugging Face's file has no config.json beside it, and so small a width no usual number of heads
+    monkeypatch.setattr(module, 'guess_fields', lambda tensors: vars(small.config))
     server.files = {f'/{base}/124M/{name}': (source / name).read_bytes()
                     for base in ('first', 'backup') for name in ('hparams.json', INDEX, DATA)}
     server.files['/hf/gpt2/resolve/main/model.safetensors'] = hf
     server.cache = tmp_path / 'cache' / 'gpt2'
 
-    def load(**knobs):
+    def load(**settings):
         server.log.clear()
-        model = GPT.from_pretrained('gpt2', **{'cache_dir': str(tmp_path / 'cache')} | knobs)
+        model = GPT.from_pretrained('gpt2', **{'cache_dir': str(tmp_path / 'cache')} | settings)
         assert same(model, reference) and model.config == reference.config
         return [path for path, _ in server.log]
     return load
@@ -360,24 +362,28 @@ def test_falls_back_to_hugging_face(released, server):
 
 
 def test_prefers_hugging_face(released, server):
-    assert released(weights='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors']
-    assert released(weights='huggingface') == []
+    assert released(download_from='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors']
+    assert released(download_from='huggingface') == []
     file = server.cache / 'model.safetensors'
     file.write_bytes(file.read_bytes()[:-4] + b'\0\0\0\0')  # seen by its sha256
-    assert released(weights='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors']
+    assert released(download_from='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors']
 
 
 def test_falls_back_to_openai(released, server):
     server.answers['/hf/gpt2/resolve/main/model.safetensors'] = [404]
-    assert released(weights='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors', *three('first')]
+    assert released(download_from='huggingface') == ['/hf/gpt2/resolve/main/model.safetensors', *three('first')]
 
 
 def test_no_address_answers(released, server):
     server.files = {}
-    fault = fault_of(released)
-    for base in 'first', 'backup', 'hf':
-        assert f'{server.url}/{base}' in fault
+    assert f'cannot download hparams.json: {server.url}/first/124M/hparams.json' in fault_of(released)
     assert not names_in(server.cache)
+    # each address was tried, and the line says where the files may be put by hand
+    asked = {path for path, _ in server.log}
+    assert asked == {'/first/124M/hparams.json', '/backup/124M/hparams.json', '/hf/gpt2/resolve/main/model.safetensors'}
+    fault = fault_of(released)
+    assert fault.startswith('gpt2 cannot be downloaded') and fault.endswith(f'without a network put its files into {server.cache}')
+    assert len(fault) - len(str(server.cache)) < 200
 
 
 def test_default_cache(released, monkeypatch, tmp_path):
@@ -391,10 +397,11 @@ def test_default_cache(released, monkeypatch, tmp_path):
 @pytest.mark.parametrize('name, parameters', [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168),
                                               ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)])
 def test_released_shapes(name, parameters):
-    shape, _, data, *_ = module.RELEASED[name]
+    released = module.RELEASED[name]
     with torch.device('meta'):
-        model = GPT(shape)
-    assert sum(p.numel() for p in model.parameters()) == parameters and data == 4 * parameters
+        model = GPT(released.config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert released.data_bytes == 4 * parameters
     assert model.config.n_embd == 64 * model.config.n_head
 
 

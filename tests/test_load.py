@@ -1,18 +1,20 @@
 """Every way of loading a GPT: equal to what wrote the files, and a single line for what is wrong with them."""
 import json
+import math
 import os
 import shutil
 import struct
 import sys
 from pathlib import Path
 
+import model as model_file
+from model import GPT, GPTConfig, ModelError, fingerprint, read_index, read_openai
+
 import google_crc32c
 import numpy as np
 import pytest
 import torch
-
-import model as model_file
-from model import GPT, GPTConfig, ModelError, read_index, read_openai
+from torch.nn import functional as F
 
 TINY = Path(__file__).parent / 'fixtures' / 'openai-tiny'  # written by TensorFlow from OpenAI's own code, with its logits
 SHAPE = {'n_vocab': 64, 'n_ctx': 16, 'n_embd': 8, 'n_head': 2, 'n_layer': 13}
@@ -101,14 +103,16 @@ def write_openai(folder, shape=SHAPE, tensors=None, **options):
 
 
 def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    """Whether two models have equal weights in the same names."""
+    ours = a.state_dict()
+    theirs = b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def fault_of(where, **knobs):
-    """-> the message of the ModelError; one line, always."""
+def fault_of(where, **settings):
+    """The message of the ModelError; one line, always."""
     with pytest.raises(ModelError) as error:
-        GPT.from_pretrained(where, **knobs)
+        GPT.from_pretrained(where, **settings)
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -134,27 +138,24 @@ def test_logits_are_openais(reference, monkeypatch):
     expected = np.load(TINY / 'expected.npz')
     for ids, logits in ('tokens', 'logits'), ('long_tokens', 'long_logits_tail'):
         ids, logits = torch.from_numpy(expected[ids]).long(), torch.from_numpy(expected[logits])
-        torch.testing.assert_close(reference(ids)[0], logits, atol=5e-5, rtol=0)
+        torch.testing.assert_close(reference(ids), logits, atol=5e-5, rtol=0)
     # the tolerance is tight enough to see another GELU
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(model_file.F, 'gelu', lambda x, approximate: gelu(x))
-    assert (reference(ids)[0] - logits).abs().max() > 1e-4
+    assert (reference(ids) - logits).abs().max() > 1e-4
 
 
-@torch.no_grad()
 def test_greedy_ids_are_openais(reference):
     expected = np.load(TINY / 'expected.npz')
-    ids = torch.from_numpy(expected['tokens']).long()
-    for _ in range(20):
-        ids = torch.cat([ids, reference(ids)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert ids[:, -20:].tolist() == expected['greedy'].tolist()
+    answers = [reference.generate(ids, 20, eos=-1) for ids in expected['tokens'].tolist()]
+    assert answers == expected['greedy'].tolist()
 
 
 def test_loads_in_fp32_and_trains(reference):
     model = GPT.from_pretrained(TINY, dropout=0.1)
     assert model.training and model.config.dropout == 0.1 and same(model, reference)
     assert all(p.dtype == torch.float32 and p.requires_grad and p.is_contiguous() for p in model.parameters())
-    model(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long))[1].backward()
+    model(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)).backward()
 
 
 def test_tied_and_counted(tmp_path):
@@ -210,14 +211,15 @@ def test_refused_bundles(tmp_path, options, fault):
 
 def test_every_flipped_byte_of_an_index_is_seen(tiny):
     index = tiny / 'model.ckpt.index'
-    good, entries = index.read_bytes(), read_index(index)
-    for at in range(len(good)):
-        index.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1:])
+    good = index.read_bytes()
+    entries = read_index(index)
+    for i in range(len(good)):
+        index.write_bytes(good[:i] + bytes([good[i] ^ 16]) + good[i + 1:])
         try:
-            assert read_index(index) == entries, at  # what nobody reads: the metaindex, the footer's padding
+            assert read_index(index) == entries, i  # what nobody reads: the metaindex, the footer's padding
         except ModelError as error:
             assert str(index) in str(error)
-    for size in range(len(good)):
+    for size in range(0, len(good), 7):
         index.write_bytes(good[:size])
         with pytest.raises(ModelError, match='cannot read'):
             read_index(index)
@@ -226,8 +228,8 @@ def test_every_flipped_byte_of_an_index_is_seen(tiny):
 def test_flipped_bytes_of_data_are_named(tiny):
     data = tiny / 'model.ckpt.data-00000-of-00001'
     good = data.read_bytes()
-    for at in (0, 17, len(good) // 2, len(good) - 1):
-        data.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1:])
+    for i in (0, 17, len(good) // 2, len(good) - 1):
+        data.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1:])
         fault = fault_of(tiny)
         assert str(data) in fault and 'the checksum of model/' in fault
     assert data.exists()  # a folder of the user's is not touched
@@ -272,7 +274,7 @@ def test_absent_libraries_are_named(tmp_path, reference, monkeypatch):
 
 
 def huggingface_tensors(model, prefix='', dtype=torch.float32):
-    """-> {name: tensor} as transformers saves a GPT-2: Conv1D weights (in, out)."""
+    """{name: tensor} as transformers saves a GPT-2: Conv1D weights (in, out)."""
     return {prefix + name: (tensor.t() if name.endswith('weight') and '.c_' in name else tensor).to(dtype).contiguous()
             for name, tensor in model.state_dict().items()}
 
@@ -298,7 +300,7 @@ def test_safetensors(tmp_path, reference, prefix):
     assert GPT.from_pretrained(tmp_path).config == reference.config
     tensors['lm_head.weight'] = tensors['lm_head.weight'] + 1
     write_safetensors(tmp_path, reference, tensors)
-    assert 'lm_head.weight differs from wte.weight' in fault_of(tmp_path)
+    assert 'its output layer differs from its token embedding' in fault_of(tmp_path)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -323,12 +325,70 @@ def test_sharded_safetensors(tmp_path, reference):
     assert 'model.safetensors.index.json' in fault_of(tmp_path)
 
 
-def test_safetensors_without_a_config(tmp_path):
-    model = GPT(GPTConfig(32, 50, 11, 2, 128))
-    write_safetensors(tmp_path, model)
+@pytest.fixture(scope='module')
+def of_openais_width():
+    """One layer of GPT-2 Small's width, which has 12 heads wherever the number is not told."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(32, 50, 1, 12, 768)).eval()
+
+
+def test_safetensors_without_a_config_of_openais_width(tmp_path, of_openais_width):
+    write_safetensors(tmp_path, of_openais_width)
     (tmp_path / 'config.json').unlink()
     loaded = GPT.from_pretrained(tmp_path)
-    assert loaded.config == model.config and same(loaded, model)
+    assert loaded.config == of_openais_width.config and same(loaded, of_openais_width)
+
+
+@pytest.mark.parametrize('form', ['pth', 'safetensors'])
+def test_the_heads_of_another_width_are_not_guessed(tmp_path, form):
+    """Four heads of 32 would be taken for two of 64, and answer with other words."""
+    model = GPT(GPTConfig(32, 50, 2, 4, 128))
+    if form == 'pth':
+        torch.save(model.state_dict(), tmp_path / 'x.pth')
+        assert 'a width of 128 has no usual number of heads' in fault_of(tmp_path / 'x.pth')
+        (tmp_path / 'x.json').write_text(json.dumps({'model': vars(model.config)}))
+        assert same(GPT.from_pretrained(tmp_path / 'x.pth'), model)
+    else:
+        write_safetensors(tmp_path, model)
+        config = (tmp_path / 'config.json').read_text()
+        (tmp_path / 'config.json').unlink()
+        assert 'a width of 128 has no usual number of heads' in fault_of(tmp_path)
+        (tmp_path / 'config.json').write_text(config)
+        assert same(GPT.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.xfail(strict=True, reason='it names a .json that is not read for safetensors')
+def test_where_to_tell_the_heads_of_safetensors(tmp_path):
+    write_safetensors(tmp_path, GPT(GPTConfig(32, 50, 2, 4, 128)))
+    (tmp_path / 'config.json').unlink()
+    assert 'config.json' in fault_of(tmp_path)
+
+
+def as_module(tensors):
+    """A module tree with these parameters, {dotted name: tensor}."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *parts, last = name.split('.')
+        module = root
+        for part in parts:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]
+        module.register_parameter(last, tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor))
+    return root
+
+
+def test_the_tied_pair_of_which_safetensors_keeps_the_output_layer(tmp_path, reference):
+    """save_model of safetensors 0.8 writes a shared tensor under one of its names, here not that of the embedding."""
+    from safetensors import safe_open
+    from safetensors.torch import save_model
+    tied = torch.nn.Parameter(reference.wte.weight.detach().clone())
+    tensors = huggingface_tensors(reference, 'transformer.') | {'transformer.wte.weight': tied, 'lm_head.weight': tied}
+    write_safetensors(tmp_path, reference)
+    save_model(as_module(tensors), str(tmp_path / 'model.safetensors'))
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as file:
+        assert 'lm_head.weight' in file.keys() and 'transformer.wte.weight' not in file.keys()
+    assert same(GPT.from_pretrained(tmp_path), reference)
 
 
 def test_faulty_safetensors(tmp_path, reference):
@@ -343,8 +403,6 @@ def test_faulty_safetensors(tmp_path, reference):
     del tensors['wpe.weight']
     write_safetensors(tmp_path, reference, tensors)
     assert 'wpe.weight of' in fault_of(tmp_path) and 'missing' in fault_of(tmp_path)
-    (tmp_path / 'config.json').unlink()
-    assert 'wpe.weight' in fault_of(tmp_path)
     write_safetensors(tmp_path, reference, config={'activation_function': 'gelu'})
     assert "activation_function is 'gelu'; this GPT-2 has 'gelu_new'" in fault_of(tmp_path)
     file.write_bytes(file.read_bytes()[:-5])
@@ -363,7 +421,7 @@ def test_equals_transformers(tmp_path):
         p.add_(torch.randn_like(p) * 0.05)  # biases and norms too
     theirs.eval().save_pretrained(tmp_path)
     ids = torch.randint(99, (3, 40))
-    torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(ids)[0], theirs(ids).logits, atol=5e-5, rtol=0)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path).eval()(ids), theirs(ids).logits, atol=5e-5, rtol=0)
 
 
 # --- our own
@@ -387,11 +445,18 @@ def test_own_checkpoints(tmp_path, reference):
     assert same(GPT.from_pretrained(tmp_path), reference)  # the newest
 
 
-def test_own_checkpoint_without_its_json(tmp_path):
-    model = GPT(GPTConfig(32, 50, 11, 2, 128))
-    torch.save(model.state_dict(), tmp_path / 'x.pth')
+def test_own_checkpoint_of_openais_width_without_its_json(tmp_path, of_openais_width):
+    torch.save(of_openais_width.state_dict(), tmp_path / 'x.pth')
     loaded = GPT.from_pretrained(tmp_path / 'x.pth')
-    assert loaded.config == model.config and same(loaded, model)
+    assert loaded.config == of_openais_width.config and same(loaded, of_openais_width)
+
+
+def test_a_vocabulary_that_is_longer_than_asked_for_is_cut(tmp_path, reference):
+    write_safetensors(tmp_path, reference)
+    n_tokens = reference.config.vocab_size
+    cut = GPT.from_pretrained(tmp_path, vocab_size=n_tokens - 3)
+    assert cut.config.vocab_size == n_tokens - 3 and torch.equal(cut.wte.weight, reference.wte.weight[:-3])
+    assert same(GPT.from_pretrained(tmp_path, vocab_size=n_tokens + 3), reference)
 
 
 class Trap:
@@ -413,16 +478,171 @@ def test_faulty_own_checkpoints(tmp_path, reference, monkeypatch):
     torch.save({name.replace('h.1', 'h.7'): tensors[name] for name in tensors}, 'x.pth')
     Path('x.json').write_text(json.dumps({'model': vars(reference.config)}))
     assert 'h.7.ln_1.weight is (32,)' in fault_of('x.pth') and 'a GPT-2 of 2 layers' in fault_of('x.pth')
+    torch.save({'h.0.attn.c_attn.A': torch.ones(2, 3)}, 'x.pth')
+    assert 'x.pth holds the matrices of LoRA alone: load the *-sft.pth beside it' in fault_of('x.pth')
+    Path('x.json').write_text(Path('x.json').read_text()[:-9])
+    torch.save(tensors, 'x.pth')
+    assert 'cannot read x.json' in fault_of('x.pth')
     Path('x.pth').write_bytes(b'cut')
     assert 'cannot read x.pth' in fault_of('x.pth')
 
 
-def test_what_is_no_model(tmp_path):
+def test_what_is_not_a_model_is_told_what_is(tmp_path):
     for where in ('gpt2-huge', tmp_path / 'nothing', tmp_path):
-        assert 'a model is gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path to one' in fault_of(where)
+        assert 'a model is one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, or the path to one' in fault_of(where)
     (tmp_path / 'x.txt').write_text('x')
-    assert 'x.txt is no *.pth' in fault_of(tmp_path / 'x.txt')
-    assert "weights is 'openai' or 'huggingface', not 'meta'" in fault_of(TINY, weights='meta')
+    assert 'x.txt is not a *.pth' in fault_of(tmp_path / 'x.txt')
+
+
+def test_a_fingerprint_tells_weights_from_others(reference):
+    weights = dict(reference.named_parameters())
+    mine = fingerprint(weights)
+    assert len(mine) == 64
+    assert fingerprint({name: weights[name].detach().clone() for name in reversed(weights)}) == mine
+    square = weights['h.0.attn.c_proj.weight']
+    names = list(weights)
+    for other in (
+            weights | {'h.0.attn.c_proj.weight': square.t()},
+            weights | {'h.0.attn.c_proj.weight': square.reshape(16, 64)},
+            {name.replace('h.1', 'h.2'): weights[name] for name in names},
+            {name: weights[name] for name in names[1:]}):
+        assert fingerprint(other) != mine
+    # a step of training changes it, however small
+    model = GPT.from_pretrained(TINY)
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, ids).backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-6).step()
+    assert fingerprint(dict(model.named_parameters())) != mine
+
+
+def test_a_fingerprint_meets_all_columns_of_a_large_matrix():
+    """It takes every so many values; LoRA of a single column would change none of them if their columns were the same."""
+    matrix = torch.zeros(1024, 1024)
+    mine = fingerprint({'w': matrix})
+    for column in 0, 1, 511, 1023:
+        changed = matrix.clone()
+        changed[:, column] = 1.0
+        assert fingerprint({'w': changed}) != mine
+    for row in 0, 7, 1023:
+        changed = matrix.clone()
+        changed[row] = 1.0
+        assert fingerprint({'w': changed}) != mine
+
+
+# --- other people's forms
+
+
+def plain_logits(get, ids, n_layer, n_head, approximate):
+    """GPT-2's forward from its formulas, for one row of ids. get(kind, layer) -> a weight (out, in) and a bias, or None."""
+    def linear(x, kind, layer=None):
+        weight, bias = get(kind, layer)
+        return x @ weight.T + (0 if bias is None else bias)
+
+    def norm(x, kind, layer=None):
+        scale, shift = get(kind, layer)
+        centred = x - x.mean(dim=-1, keepdim=True)
+        return centred / torch.sqrt(x.var(dim=-1, keepdim=True, unbiased=False) + 1e-5) * scale + (0 if shift is None else shift)
+
+    T = len(ids)
+    x = get('tokens')[0][ids] + get('positions')[0][:T]
+    for layer in range(n_layer):
+        normed = norm(x, 'norm1', layer)
+        q, k, v = (linear(normed, kind, layer).view(T, n_head, -1).transpose(0, 1) for kind in ('query', 'key', 'value'))
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.size(2))
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        x = x + linear((scores.softmax(dim=2) @ v).transpose(0, 1).reshape(T, -1), 'proj', layer)
+        x = x + linear(F.gelu(linear(norm(x, 'norm2', layer), 'up', layer), approximate=approximate), 'down', layer)
+    return linear(norm(x, 'final'), 'head')
+
+
+def chapter_7_state(n_layer, width, n_tokens=50, n_positions=32):
+    """A state dict as chapter 7 of "Build a Large Language Model (From Scratch)" saves it, of random tensors."""
+    shapes = {'tok_emb.weight': (n_tokens, width), 'pos_emb.weight': (n_positions, width)}
+    for i in range(n_layer):
+        block = f'trf_blocks.{i}.'
+        for name in 'W_query', 'W_key', 'W_value', 'out_proj':
+            shapes |= {f'{block}att.{name}.weight': (width, width), f'{block}att.{name}.bias': (width,)}
+        shapes |= {f'{block}ff.layers.0.weight': (4 * width, width), f'{block}ff.layers.0.bias': (4 * width,)}
+        shapes |= {f'{block}ff.layers.2.weight': (width, 4 * width), f'{block}ff.layers.2.bias': (width,)}
+        for name in 'norm1', 'norm2':
+            shapes |= {f'{block}{name}.scale': (width,), f'{block}{name}.shift': (width,)}
+    shapes |= {'final_norm.scale': (width,), 'final_norm.shift': (width,)}
+    draw = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(*shape, generator=draw) * 0.05 for name, shape in shapes.items()}
+    for i in range(n_layer):
+        state[f'trf_blocks.{i}.att.mask'] = torch.ones(n_positions, n_positions).triu(1)
+    return state | {'out_head.weight': state['tok_emb.weight'].clone()}
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+@torch.no_grad()
+def test_chapter_7s_models_load(tmp_path, wrapped):
+    """gpt2-small124M-sft.pth holds the state dict alone; with the optimizer beside it, it is called model_state_dict."""
+    state = chapter_7_state(2, 768)
+    path = tmp_path / 'gpt2-small124M-sft.pth'
+    torch.save({'model_state_dict': state, 'optimizer_state_dict': {'state': {}}} if wrapped else state, path)
+    model = GPT.from_pretrained(path).eval()
+    assert model.config == GPTConfig(32, 50, 2, 12, 768)
+    names = {'query': 'att.W_query', 'key': 'att.W_key', 'value': 'att.W_value', 'proj': 'att.out_proj', 'up': 'ff.layers.0', 'down': 'ff.layers.2'}
+    others = {'tokens': ('tok_emb.weight', ''), 'positions': ('pos_emb.weight', ''), 'head': ('out_head.weight', ''),
+              'final': ('final_norm.scale', 'final_norm.shift')}
+
+    def get(kind, layer=None):
+        weight, bias = others.get(kind, ('', ''))
+        if kind in names:
+            weight, bias = f'trf_blocks.{layer}.{names[kind]}.weight', f'trf_blocks.{layer}.{names[kind]}.bias'
+        elif layer is not None:
+            weight, bias = f'trf_blocks.{layer}.{kind}.scale', f'trf_blocks.{layer}.{kind}.shift'
+        return state[weight], state.get(bias)
+
+    ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+    torch.testing.assert_close(model(ids[None])[0], plain_logits(get, ids, 2, 12, 'tanh'), atol=1e-4, rtol=1e-4)
+
+
+def test_an_untied_output_layer_is_refused(tmp_path):
+    state = chapter_7_state(1, 768)
+    state['out_head.weight'][3] += 1
+    torch.save(state, tmp_path / 'x.pth')
+    said = fault_of(tmp_path / 'x.pth')
+    assert 'x.pth: its output layer differs from its token embedding' in said and 'this model cannot be loaded' in said
+
+
+@pytest.mark.parametrize('has_biases', [True, False])
+@torch.no_grad()
+def test_nanogpts_checkpoints_load(tmp_path, has_biases):
+    """Its ckpt.pt tells the shapes in model_args, and the names of a compiled model have a prefix. By default it has no biases."""
+    n_layer, n_head, width, n_tokens, n_positions = 2, 4, 48, 60, 20
+    shapes = {'wte.weight': (n_tokens, width), 'wpe.weight': (n_positions, width), 'ln_f.weight': (width,)}
+    for i in range(n_layer):
+        shapes |= {f'h.{i}.ln_1.weight': (width,), f'h.{i}.ln_2.weight': (width,)}
+        shapes |= {f'h.{i}.attn.c_attn.weight': (3 * width, width), f'h.{i}.attn.c_proj.weight': (width, width)}
+        shapes |= {f'h.{i}.mlp.c_fc.weight': (4 * width, width), f'h.{i}.mlp.c_proj.weight': (width, 4 * width)}
+    if has_biases:
+        shapes |= {name.replace('.weight', '.bias'): shape[:1] for name, shape in shapes.items() if name[:3] not in ('wte', 'wpe')}
+    draw = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(*shape, generator=draw) * 0.1 for name, shape in shapes.items()}
+    theirs = {f'_orig_mod.transformer.{name}': tensor for name, tensor in state.items()}
+    theirs |= {f'_orig_mod.transformer.h.{i}.attn.bias': torch.ones(1, 1, n_positions, n_positions).tril() for i in range(n_layer)}
+    theirs['_orig_mod.lm_head.weight'] = theirs['_orig_mod.transformer.wte.weight']
+    model_args = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': width, 'block_size': n_positions, 'bias': has_biases,
+                  'vocab_size': n_tokens, 'dropout': 0.0}
+    torch.save({'model': theirs, 'optimizer': {'state': {}, 'param_groups': []}, 'model_args': model_args, 'iter_num': 5,
+                'best_val_loss': torch.tensor(3.0), 'config': {'dataset': 'openwebtext'}}, tmp_path / 'ckpt.pt')
+    model = GPT.from_pretrained(tmp_path).eval()
+    assert model.config == GPTConfig(n_positions, n_tokens, n_layer, n_head, width)
+    names = {'proj': 'attn.c_proj', 'up': 'mlp.c_fc', 'down': 'mlp.c_proj', 'norm1': 'ln_1', 'norm2': 'ln_2'}
+    others = {'tokens': 'wte', 'positions': 'wpe', 'head': 'wte', 'final': 'ln_f'}
+
+    def get(kind, layer=None):
+        if kind in ('query', 'key', 'value'):
+            rows = slice(width * ('query', 'key', 'value').index(kind), width * (('query', 'key', 'value').index(kind) + 1))
+            bias = state.get(f'h.{layer}.attn.c_attn.bias')
+            return state[f'h.{layer}.attn.c_attn.weight'][rows], None if bias is None else bias[rows]
+        name = others.get(kind) or f'h.{layer}.{names[kind]}'
+        return state[f'{name}.weight'], state.get(f'{name}.bias')
+
+    ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
+    torch.testing.assert_close(model(ids[None])[0], plain_logits(get, ids, n_layer, n_head, 'tanh'), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('form', ['openai', 'pth', 'safetensors'])

@@ -1,31 +1,24 @@
-"""LoRA and QLoRA: what is trained, that nothing changes at first, that merging changes nothing, what is refused."""
-import copy
+"""LoRA and QLoRA: what is trained, that nothing changes at first, that merging changes nothing, what an adapter fits, what is refused."""
 import sys
+import weakref
+from dataclasses import asdict
 from importlib.util import find_spec
 
-import numpy as np
+import lora
+from config import UserError
+from engine import for_inference, generate
+from lora import LoRA, add_lora, load_adapter, merge_lora, merged_state_dict, save_adapter
+from model import GPT, GPTConfig, fingerprint
+
 import pytest
 import torch
 from torch import nn
 
-from config import UserError
-from lora import (
-    LoRA,
-    add_lora,
-    for_inference,
-    init_for_copying,
-    load_adapter,
-    merged_state_dict,
-    parts_of,
-    save_adapter,
-    train_met_tokens,
-)
-from model import GPT, GPTConfig
-from prepare import get_tokenizer
-
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=300, block_size=64)
 IDS = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
-KINDS = ['none', pytest.param('nf4', marks=pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='needs bitsandbytes'))]
+PROMPTS = [[1, 2, 3], [1, 2, 9, 8, 7]]
+needs_bitsandbytes = pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='needs bitsandbytes')
+KINDS = ['none', pytest.param('nf4', marks=needs_bitsandbytes)]
 
 
 @pytest.fixture
@@ -42,35 +35,36 @@ def trained(model):
     return model
 
 
-def test_step_0_is_the_base(model):
-    before = model(IDS)[0]
+def test_at_first_the_model_is_the_base(model):
+    before = model(IDS)
     add_lora(model, 4, 8.0)
-    assert torch.equal(model(IDS)[0], before)
+    assert torch.equal(model(IDS), before)
 
 
-def test_what_is_trained(model):
+def test_a_and_b_of_the_chosen_matrices_are_trained_and_nothing_else(model):
     add_lora(model, 4, 8.0, targets='attn.c_attn, mlp.c_proj')
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     assert names == [f'h.{i}.{matrix}.{part}' for i in range(2) for matrix in ('attn.c_attn', 'mlp.c_proj') for part in 'AB']
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * ((64 + 192) + (256 + 64))
-    model(IDS, IDS)[1].backward()
+    model(IDS, IDS).backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize('quantize', KINDS)
 def test_merged_is_the_same_function(model, quantize):
-    plain = model.state_dict()
-    order, before = list(plain), model(IDS)[0]
+    order = list(model.state_dict())
+    before = model(IDS)
     add_lora(model, 4, 8.0, targets='attn.c_proj,mlp.c_fc', quantize=quantize)
-    logits = trained(model)(IDS)[0]
+    logits = trained(model)(IDS)
+    state = merged_state_dict(model)
     merged = GPT(CONFIG)
-    merged.load_state_dict(merged_state_dict(model))
-    torch.testing.assert_close(merged(IDS)[0], logits, rtol=1e-5, atol=1e-5)
-    assert list(merged_state_dict(model)) == order and (logits - before).abs().max() > 0.01
+    merged.load_state_dict(state)
+    torch.testing.assert_close(merged(IDS), logits, rtol=1e-5, atol=1e-5)
+    assert list(state) == order and (logits - before).abs().max() > 0.01
+    assert torch.equal(model(IDS), logits)  # the model stays as it is
 
 
-def test_an_independent_computation(model):
-    """W + alpha / rank B A, by hand."""
+def test_a_layer_computes_w_plus_alpha_by_rank_times_b_a(model):
     weight = model.h[0].mlp.c_fc.weight.detach().clone()
     add_lora(model, 4, 8.0)
     trained(model)
@@ -81,13 +75,33 @@ def test_an_independent_computation(model):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_generation_serves_it(model):
+def test_merging_unpacks_one_matrix_at_a_time(model, monkeypatch):
+    """Of an XL in 4 bits, all of them unpacked would take 6 GB of the device at the very end of a run."""
+    add_lora(model, 4, 8.0, targets='mlp.c_fc')
+    alive = []
+    most = []
+
+    def dequantize(weight):
+        matrix = weight.detach().clone()  # as if it had been in 4 bits
+        alive.append(weakref.ref(matrix))
+        most.append(sum(other() is not None for other in alive))
+        return matrix
+
+    monkeypatch.setattr(lora, 'dequantize', dequantize)
+    merged_state_dict(trained(model))
+    assert len(most) > 8 and max(most) == 1
+
+
+def test_generation_with_lora_is_that_of_the_merged_model(model):
     add_lora(model, 4, 8.0)
-    trained(model)
-    merged = GPT(CONFIG)
-    merged.load_state_dict(merged_state_dict(model))
-    prompts = [[1, 2, 3], [1, 2, 9, 8, 7]]
-    assert model.generate(prompts, 10, eos=-1) == merged.generate(prompts, 10, eos=-1)
+    expected = GPT(CONFIG)
+    expected.load_state_dict(merged_state_dict(trained(model)))
+    answers = generate(expected, PROMPTS, 10, eos=-1)
+    assert generate(model, PROMPTS, 10, eos=-1) == answers
+    merge_lora(model)
+    assert not any(isinstance(module, LoRA) for module in model.modules())
+    assert list(model.state_dict()) == list(expected.state_dict())
+    assert generate(for_inference(model, torch.device('cpu'), torch.float32), PROMPTS, 10, eos=-1) == answers
 
 
 @pytest.mark.parametrize('quantize', KINDS)
@@ -95,42 +109,121 @@ def test_generation_under_autocast(model, quantize):
     """4-bit layers return their input's dtype, fp32, while the cache is in autocast's."""
     add_lora(model, 4, 8.0, quantize=quantize)
     with torch.autocast('cpu', torch.bfloat16):
-        answers = trained(model).generate([[1, 2, 3], [1, 2, 9, 8, 7]], 10, eos=-1)
+        answers = generate(trained(model), PROMPTS, 10, eos=-1)
     assert [len(answer) for answer in answers] == [10, 10]
 
 
-def test_adapter_round_trip(model, tmp_path):
-    from dataclasses import asdict
-    base = {name: p.clone() for name, p in model.state_dict().items()}
+# --- adapters
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    """(path of an adapter of every attn.c_attn, {name: tensor} of its base, the logits of both together)."""
+    base = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    about = {'model': asdict(CONFIG), 'init_from': 'somewhere', 'made_of': {'base weights': fingerprint(base), 'data': 'x'}}
     add_lora(model, 4, 8.0, targets='attn.c_attn')
-    logits = trained(model)(IDS)[0]
-    save_adapter(model, tmp_path / 'adapter.safetensors', {'model': asdict(CONFIG), 'init_from': 'somewhere'})
-    again = GPT(CONFIG)
-    again.load_state_dict(base)
-    load_adapter(again, tmp_path / 'adapter.safetensors')
-    assert torch.equal(again(IDS)[0], logits)
+    logits = trained(model)(IDS)
+    save_adapter(model, tmp_path / 'adapter.safetensors', about)
+    return tmp_path / 'adapter.safetensors', base, logits
+
+
+def base_model(weights, **shape):
+    model = GPT(GPTConfig(**vars(CONFIG) | shape))
+    if weights:
+        model.load_state_dict(weights)
+    return model
+
+
+def rewrite(path, tensors=None, **metadata):
+    """Write an adapter again with other tensors, {name: tensor} -> the same, or with other metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    with safe_open(path, 'pt') as file:
+        about = file.metadata() | metadata
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors(state) if tensors else state, path, about)
+
+
+def test_an_adapter_on_its_base_is_the_model_that_was_trained(adapter):
+    path, weights, logits = adapter
+    again = base_model(weights)
+    about = load_adapter(again, path)
+    assert torch.equal(again(IDS), logits)
+    assert about['init_from'] == 'somewhere' and about['lora'] == {'rank': 4, 'alpha': 8.0, 'targets': 'attn.c_attn'}
+
+
+def test_dropout_is_not_part_of_what_an_adapter_fits(adapter):
+    path, weights, logits = adapter
+    again = base_model(weights, dropout=0.3).eval()
+    load_adapter(again, path)
+    assert torch.equal(again(IDS), logits)
+
+
+def test_an_adapter_of_another_shape_is_refused(adapter):
+    path, _, _ = adapter
     with pytest.raises(UserError, match='fits somewhere'):
-        load_adapter(GPT(GPTConfig(n_layer=3, n_head=2, n_embd=64, vocab_size=300, block_size=64)), tmp_path / 'adapter.safetensors')
-    (tmp_path / 'adapter.safetensors').write_bytes(b'<xml>')
-    with pytest.raises(UserError, match='is not an adapter'):
-        load_adapter(again, tmp_path / 'adapter.safetensors')
+        load_adapter(base_model(None, n_layer=3), path)
 
 
-@pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='needs bitsandbytes')
+def test_an_adapter_of_another_base_is_refused(adapter):
+    """The same shape, but trained anew: its answers would be those of neither model."""
+    path, weights, logits = adapter
+    torch.manual_seed(1)
+    with pytest.raises(UserError, match='was made with other base weights than these .*it fits somewhere as that was then'):
+        load_adapter(base_model(None), path)
+    rewrite(path, made_of='{}')  # one that does not tell its base is taken as it is
+    again = base_model(weights)
+    load_adapter(again, path)
+    assert torch.equal(again(IDS), logits)
+
+
+@pytest.mark.parametrize('tensors', [
+    lambda state: {f'transformer.{name}': tensor for name, tensor in state.items()},
+    lambda state: {name: tensor for name, tensor in state.items() if not name.startswith('h.1.')},
+    lambda state: state | {'h.2.attn.c_attn.A': torch.zeros(4, 64)},
+    lambda state: {name: torch.cat([tensor, tensor]) for name, tensor in state.items()},
+], ids=['a prefix', 'a layer less', 'a tensor more', 'another rank'])
+def test_an_adapter_whose_names_or_shapes_do_not_fit_is_refused(adapter, tensors):
+    """Loaded loosely, it would answer as the base."""
+    path, weights, _ = adapter
+    rewrite(path, tensors)
+    with pytest.raises(UserError, match='does not fit: .*h.*attn.c_attn'):
+        load_adapter(base_model(weights), path)
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda path: path.write_bytes(b'<xml>'),
+    lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    lambda path: path.unlink(),
+    lambda path: rewrite(path, lora='{"rank"'),
+    pytest.param(lambda path: rewrite(path, model='null'), marks=pytest.mark.xfail(strict=True, reason='a TypeError'))],
+    ids=['a page', 'cut', 'absent', 'cut metadata', 'no shape'])
+def test_a_file_that_is_not_an_adapter_is_told(adapter, spoil):
+    path, weights, _ = adapter
+    spoil(path)
+    with pytest.raises(UserError, match='is not an adapter') as error:
+        load_adapter(base_model(weights), path)
+    assert '\n' not in str(error.value)
+
+
+# --- 4 bits
+
+
+@needs_bitsandbytes
 def test_nf4_trains_in_4_bits(model):
-    before = model(IDS)[0]
+    before = model(IDS)
     add_lora(model, 4, 8.0, quantize='nf4')
     matrices = [layer.base.weight for layer in model.modules() if isinstance(layer, LoRA)]
     assert all(weight.dtype == torch.uint8 and not weight.requires_grad for weight in matrices) and len(matrices) == 8
-    assert 0 < (model(IDS)[0] - before).abs().max() < 0.5
-    first = model(IDS, IDS)[1].item()
+    assert 0 < (model(IDS) - before).abs().max() < 0.5
+    first = model(IDS, IDS).item()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(20):
         model.eval()
         model(IDS)  # evaluation between steps leaves the layers trainable
         model.train()
         optimizer.zero_grad()
-        loss = model(IDS, IDS)[1]
+        loss = model(IDS, IDS)
         loss.backward()
         optimizer.step()
     assert loss.item() < first - 0.1
@@ -143,144 +236,7 @@ def test_without_the_package_one_line_says_what_to_install(model, monkeypatch):
         add_lora(model, 4, 8.0, quantize='nf4')
 
 
-@pytest.mark.parametrize('kwargs', [{'targets': 'wte'}, {'quantize': 'int8'}])
-def test_mistakes_are_named(model, kwargs):
-    with pytest.raises(UserError, match=next(iter(kwargs.values()))):
-        add_lora(model, 4, 8.0, **kwargs)
-
-
-# --- a start from scratch that copies words
-
-@pytest.fixture(scope='module')
-def copying():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=128, block_size=128))
-    init_for_copying(model)
-    return model.eval()
-
-
-@pytest.mark.parametrize('token, parts', [
-    (' kicked', ('kick', 'ed', True, False)), ('Kick', ('kick', '', False, True)), (' stopped', ('stop', 'ed', True, False)),
-    (' boxes', ('box', 's', True, False)), (' cities', ('cit', 's', True, False)), (' city', ('cit', 'y', True, False)),
-    (' red', ('red', '', True, False)), (' falling', ('fall', 'ing', True, False)), ('42', ('42', '', False, False)),
-    (' é', (' é', '', False, False)), ('\n\n', ('\n\n', '', False, False)), (' ', (' ', '', False, False)), ('!!', ('!!', '', False, False))])
-def test_parts_of_a_token(token, parts):
-    assert parts_of(token) == parts
-
-
-def attention(model, ids):
-    """-> the weights of attention (H, T, T) of each layer."""
-    found = []
-
-    def attend(q, k, v):
-        T = q.size(2)
-        scores = (q @ k.mT / q.size(3) ** 0.5).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf)
-        found.append(scores.softmax(dim=3)[0])
-        return found[-1] @ v
-    with torch.no_grad():
-        model.hidden_states(ids[None], torch.arange(len(ids))[None], [attend] * len(model.h))
-    return found
-
-
-def test_the_heads_of_induction(copying):
-    """Random tokens, twice: a head of the first layer reads the token before, and the second layer looks more than others at what
-    stood behind the present token."""
-    ids = torch.randperm(50256, generator=torch.Generator().manual_seed(1))[:40].repeat(2)
-    first, second = attention(copying, ids)
-    assert (first[0, 1:].argmax(dim=1) == torch.arange(79)).all() and first[0, 1:].diagonal().mean() > 0.9
-    behind = second[:2, torch.arange(40, 79), torch.arange(1, 40)].mean()
-    assert behind > 2 * second[2:, torch.arange(40, 79), torch.arange(1, 40)].mean()
-    torch.manual_seed(0)
-    plain = attention(GPT(copying.config).eval(), ids)[0]
-    assert plain[0, 1:].diagonal().mean() < 0.2
-
-
-def test_the_model_before_training_is_made_again(copying):
-    """sample.py's, from the shape and the config that a run keeps."""
-    from sample import load_before
-    again = load_before({'init_from': 'scratch', 'model': vars(copying.config), 'config': {'seed': 0, 'init': 'copying'}}, '', 'openai')
-    assert all(torch.equal(p, q) for p, q in zip(copying.parameters(), again.parameters()))
-    plain = load_before({'init_from': 'scratch', 'model': vars(copying.config), 'config': {'seed': 0}}, '', 'openai')  # the config of a run of before
-    assert plain.wte.weight.std().item() == pytest.approx(0.02, rel=0.01)
-
-
-def test_tokens_of_one_stem_are_near(copying):
-    tokenizer = get_tokenizer()
-    vectors = {word: copying.wte.weight[tokenizer.encode_ordinary(word)[0]].detach() for word in (' kick', ' kicked', ' painted', ' paint', ' tree')}
-    def near(a, b):
-        return torch.cosine_similarity(vectors[a], vectors[b], dim=0).item()
-    assert min(near(' kick', ' kicked'), near(' paint', ' painted')) > 0.5 > 0.4 > near(' kick', ' tree')
-    past = [vectors[' kicked'] - vectors[' kick'], vectors[' painted'] - vectors[' paint']]
-    assert torch.cosine_similarity(*past, dim=0) > 0.2  # what such pairs differ by is partly the same
-
-
-def test_only_tokens_of_the_training_rows_move(copying):
-    model = copy.deepcopy(copying).train()
-    ids = torch.tensor([[5, 7, 9, 7]])
-    train_met_tokens(model, np.array([5, 7, 9], '<u2'))
-    before = model.wte.weight.detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(ids, ids)[1].backward()
-        optimizer.step()
-    moved = (model.wte.weight != before).any(dim=1).nonzero().flatten().tolist()
-    assert moved == [5, 7, 9]
-    with pytest.raises(UserError, match='shard'):
-        train_met_tokens(model, np.array([5]), shard=True)
-
-
-def test_the_sampled_output_layer_stands_for_the_whole_one(model):
-    """In evaluation the loss is that over all tokens; in training it is near that, and other for each draw."""
-    ids = IDS % 40
-    exact = model.eval()(ids, ids)[1]
-    train_met_tokens(model, ids.numpy())
-    assert torch.equal(model(ids, ids)[1], exact)
-    model.train()
-    drawn = torch.stack([model(ids, ids)[1] for _ in range(20)])
-    assert drawn.unique().numel() > 10
-    torch.testing.assert_close(drawn.mean(), exact, rtol=2e-3, atol=0)
-
-
-@pytest.mark.skipif('fbgemm' not in torch.backends.quantized.supported_engines, reason='needs FBGEMM: x86 with AVX2')
-@pytest.mark.parametrize('with_lora', [False, True])
-def test_matrices_in_float16(model, with_lora):
-    """All that changes is that the matrices are rounded: an fp32 model of rounded ones computes the same, its biases are exact."""
-    if with_lora:
-        add_lora(model, 4, 16.0)
-        for name, p in model.named_parameters():
-            if name.endswith('.B'):
-                nn.init.normal_(p, std=0.1)
-    rounded = GPT(model.config)
-    state = merged_state_dict(model)
-    rounded.load_state_dict({name: p.half().float() if p.dim() == 2 and 'wpe' not in name else p for name, p in state.items()})
-    place, autocast = for_inference(torch.device('cpu'), torch.float16)
-    prompts = [[1, 2, 3], [1, 2, 9, 8, 7], [5]]
-    with torch.inference_mode(), autocast:
-        place(model)
-        logits, losses = model(IDS)[0], model(IDS, IDS, loss_reduction='none')[1]
-        torch.testing.assert_close(logits, rounded.eval()(IDS)[0], rtol=0, atol=1e-5)
-        torch.testing.assert_close(losses, rounded(IDS, IDS, loss_reduction='none')[1], rtol=1e-5, atol=1e-5)
-        assert not torch.equal(logits, rounded.half().float()(IDS)[0])  # which rounds the rest, too
-        assert model.generate(prompts, 20, eos=-1) == [model.generate([prompt], 20, eos=-1)[0] for prompt in prompts]
-    assert logits.dtype == losses.dtype == torch.float32
-
-
-@pytest.mark.parametrize('device, dtype, engines, is_enabled', [
-    ('cpu', torch.float16, ['fbgemm'], False), ('cpu', torch.float16, ['qnnpack'], True), ('cpu', torch.bfloat16, ['fbgemm'], True),
-    ('cpu', torch.float32, ['fbgemm'], False)])
-def test_where_float16_is_that_of_the_matrices(model, monkeypatch, device, dtype, engines, is_enabled):
-    """Elsewhere, and in bfloat16, it is autocast's, and the model stays as it is."""
-    monkeypatch.setattr(type(torch.backends.quantized), 'supported_engines', engines)
-    place, autocast = for_inference(torch.device(device), dtype)
-    if dtype != torch.float16 or is_enabled:
-        assert place(model) is model and model.wte.weight.dtype == torch.float32 and not model.training
-    with autocast:
-        assert torch.is_autocast_enabled('cpu') == is_enabled
-        assert model(IDS)[0].dtype == (dtype if is_enabled else torch.float32)
-
-
-@pytest.mark.parametrize('shape', [{'n_head': 2}, {'n_layer': 1}, {'vocab_size': 300}])
-def test_shapes_that_cannot_copy(shape):
-    with pytest.raises(UserError, match='copying'):
-        init_for_copying(GPT(GPTConfig(**{'n_layer': 2, 'n_head': 4, 'n_embd': 64, 'block_size': 64} | shape)))
+@pytest.mark.parametrize('targets', ['wte', '', 'attn.c_attn,', 'attn'])
+def test_targets_that_are_not_matrices_of_a_block_are_refused(model, targets):
+    with pytest.raises(UserError, match='lora_targets=.* may name attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj'):
+        add_lora(model, 4, 8.0, targets=targets)
