@@ -90,48 +90,53 @@ def return_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
+
+
 class InferenceLinear(nn.Module):
     """
-    A linear layer for inference. Its matrix is stored in the precision in which it computes; on a CPU in the
-    order in which oneDNN reads it, whose product takes less time than F.linear's (docs/speed.md).
+    A linear layer for inference, its matrix stored in dtype. On a CPU oneDNN or, in float16, FBGEMM computes
+    the product, in less time than F.linear (docs/speed.md). reorder: a copy in the order in which oneDNN
+    reads it.
     """
 
-    def __init__(self, layer, dtype):
+    def __init__(self, weight, bias, dtype, reorder=True):
         super().__init__()
-        weight = layer.weight.detach().to(dtype)
-        has_product = HAS_ONEDNN and dtype in (torch.float32, torch.bfloat16)
-        self.is_packed = has_product and weight.device.type == 'cpu'
-        if self.is_packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self.weight = weight
-        self.bias = layer.bias.detach().to(dtype)
+        weight = weight.detach().to(dtype)
+        bias = None if bias is None else bias.detach().to(dtype)
+        is_cpu = weight.device.type == 'cpu'
         self.dtype = dtype
+        if is_cpu and HAS_ONEDNN and dtype in (torch.float32, torch.bfloat16):
+            if reorder:
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+            self.product = lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+        elif is_cpu and HAS_FBGEMM and dtype == torch.float16:
+            bias = None if bias is None else bias.float()
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
+            self.dtype = torch.float32  # of states and sums
+            self.product = lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+        else:
+            self.product = lambda x: F.linear(x, weight, bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        x = x.to(self.dtype)
-        if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x.to(self.dtype))
 
 
 class InferenceEmbedding(nn.Module):
-    """The token vectors and the output layer for inference, stored once in the precision of the latter."""
+    """The token vectors and the output layer for inference, in the precision of the latter."""
 
     def __init__(self, embedding, dtype):
         super().__init__()
         self.weight = embedding.weight.detach().to(dtype)
+        # in fp32 without a copy, which would take a third more memory
+        self.output = InferenceLinear(self.weight, None, dtype, reorder=dtype != torch.float32)
 
     def forward(self, ids):  # (B, T) -> (B, T, C)
         return F.embedding(ids, self.weight)
 
     def logits(self, x):  # (..., C) -> (..., vocab)
-        x = x.to(self.weight.dtype)
-        if HAS_ONEDNN and x.device.type == 'cpu' and x.dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, 'none', [], '')
-        return F.linear(x, self.weight)
-
-
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+        return self.output(x)
 
 
 def for_inference(model, device, dtype):
@@ -143,7 +148,8 @@ def for_inference(model, device, dtype):
     model.to(device).eval().requires_grad_(False)
     for block in model.h:
         for name in 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj':
-            block.set_submodule(name, InferenceLinear(block.get_submodule(name), dtype))
+            layer = block.get_submodule(name)
+            block.set_submodule(name, InferenceLinear(layer.weight, layer.bias, dtype))
     model.wte = InferenceEmbedding(model.wte, dtype)
     return model
 
@@ -277,7 +283,7 @@ class Engine:
     def __init__(self, model, prefix=(), cache_bytes=4e9, max_running=256, step_size=1024):
         self.model = model
         self.device = model.wpe.weight.device
-        dtype = model.wte.weight.dtype
+        dtype = getattr(model.h[0].attn.c_attn, 'dtype', model.wpe.weight.dtype)
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)  # in which the layers return keys and values
         bytes_per_position = 2 * model.config.n_layer * model.config.n_embd * dtype.itemsize
