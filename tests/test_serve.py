@@ -21,10 +21,10 @@ import torch
 from conftest import ROOT, Started, stage
 from fake_judge import FakeJudge
 
-import sample
 import serve
 from model import GPT, GPTConfig
 from prepare import encode_prompt, get_tokenizer
+from sample import response_text
 
 SHAPE = dict(block_size=1024, n_layer=2, n_head=2, n_embd=64)
 SCRIPT = ['\n', '{"', 'score', '":', ' 7', '}', '<|endoftext|>']  # what one of the models always says
@@ -70,14 +70,14 @@ def run_folder(tmp_path_factory):
     for path, model, origin in (('out/tiny-sft', random_model(), str(folder / 'script.pth')), ('script', scripted_model(), 'scratch')):
         torch.save(model.state_dict(), folder / f'{path}.pth')
         (folder / f'{path}.json').write_text(json.dumps({
-            'model': asdict(model.config), 'init_from': origin, 'config': {'seed': 1}, 'step': 1, 'val_loss': 1.0}))
+            'model': asdict(model.config), 'init_from': origin, 'config': {'seed': 1}, 'sha256': 'of no rows', 'step': 1, 'val_loss': 1.0}))
     return folder
 
 
 @contextlib.contextmanager
-def serving(folder, *flags, env=None):
-    """serve.py in folder -> its URL, and the process."""
-    process = Started(folder, [ROOT / 'serve.py', '--port=0', *flags], env or {})
+def serving(folder, *flags, env=None, first=''):
+    """serve.py in folder, after the Python code `first` -> its URL, and the process."""
+    process = Started(folder, [ROOT / 'serve.py', '--port=0', *flags], env or {}, first)
     try:
         wait_until(lambda: ': http://' in process.output()[0], 60)
         yield process.output()[0].split()[-1], process
@@ -99,8 +99,7 @@ def url(server):
 
 
 def expected(model, row, n=24, **settings):
-    ids = model.generate([encode_prompt(row)], n, **settings)[0]
-    return sample.response_text(ids)
+    return response_text(model.generate(encode_prompt(row), n, **settings))
 
 
 def chat(url, text, **more):
@@ -154,7 +153,7 @@ def test_the_openai_package(url):
     assert [one.id for one in client.models.list()] == ['tiny-sft', 'tiny-before']
     assert client.models.retrieve('tiny-before').id == 'tiny-before'
     messages, ids = [{'role': 'user', 'content': QUESTIONS[0]}], encode_prompt({'instruction': QUESTIONS[0]})
-    new_ids = model.generate([ids], 12)[0]
+    new_ids = model.generate(ids, 12)
     reply = client.chat.completions.create(model='tiny-sft', messages=messages, max_tokens=12, logprobs=True, top_logprobs=3, n=2)
     assert [one.message.content for one in reply.choices] == [expected(model, {'instruction': QUESTIONS[0]}, 12)] * 2
     assert reply.choices[0].message.role == 'assistant' and reply.choices[1].index == 1
@@ -162,7 +161,7 @@ def test_the_openai_package(url):
     assert reply.choices[0].finish_reason == ('length' if len(new_ids) == 12 else 'stop')
     # log-probabilities, against the whole computed at once
     with torch.no_grad():
-        logprobs = model(torch.tensor([ids + new_ids]))[0][0].log_softmax(1)[len(ids) - 1:-1]
+        logprobs = model(torch.tensor([ids + new_ids]))[0].log_softmax(1)[len(ids) - 1:-1]
     for token, new_id, row in zip(reply.choices[0].logprobs.content, new_ids, logprobs):
         assert bytes(token.bytes) == get_tokenizer().decode_single_token_bytes(new_id)
         assert abs(token.logprob - row[new_id]) < 1e-3 and abs(token.top_logprobs[0].logprob - row.max()) < 1e-3
@@ -177,7 +176,7 @@ def test_the_openai_package(url):
 
     # a raw prompt is continued as it is
     raw = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=9)
-    assert raw.choices[0].text == get_tokenizer().decode(model.generate([get_tokenizer().encode('The sea is')], 9)[0])
+    assert raw.choices[0].text == get_tokenizer().decode(model.generate(get_tokenizer().encode('The sea is'), 9))
     some = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=4, logprobs=2).choices[0].logprobs
     assert some.tokens[0] in some.top_logprobs[0] and len(some.top_logprobs[0]) == 2 and max(some.token_logprobs) <= 0
     bare = client.completions.create(model='tiny-sft', prompt='The sea is', max_tokens=4, logprobs=0).choices[0].logprobs
@@ -190,8 +189,9 @@ def test_the_openai_package(url):
         client.models.retrieve('gpt-5')
     with pytest.raises(openai.NotFoundError, match='tiny-sft, tiny-before'):
         client.chat.completions.create(model='gpt-5', messages=messages)
-    with pytest.raises(openai.BadRequestError, match='top_p is not supported'):
-        client.chat.completions.create(model='tiny-sft', messages=messages, top_p=0.5)
+    chunks = list(client.chat.completions.create(model='tiny-sft', messages=messages, max_tokens=12, stream=True))
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].choices[0].finish_reason in ('stop', 'length') and chunks[-1].choices[0].delta.content == ''  # clients drop a last text
 
 
 def test_the_ollama_package(url):
@@ -208,8 +208,11 @@ def test_the_ollama_package(url):
     assert ''.join(part.message.content for part in [*parts, last]) == answer and last.done_reason in ('stop', 'length')
     assert client.chat('tiny-before', [{'role': 'user', 'content': 'x'}]).message.content == '{"score": 7}'
     assert client.generate('tiny-sft', '').done_reason == 'load'
-    with pytest.raises(ollama.ResponseError, match='no system message'):
-        client.chat('tiny-sft', [{'role': 'system', 'content': 'Be kind.'}, {'role': 'user', 'content': 'x'}])
+    assert last.message.content == '' and not any(part.done for part in parts)
+    assert [one.model for one in client.ps().models] == ['tiny-sft', 'tiny-before']
+    assert client.generate('tiny-sft', QUESTIONS[1], options={'num_predict': 0}).response == ''
+    told = client.generate('tiny-sft', QUESTIONS[1], logprobs=True, top_logprobs=2, options={'num_predict': 3})
+    assert len(told.logprobs) == told.eval_count == len(told.logprobs[0].top_logprobs) + 1
 
 
 @pytest.mark.parametrize('dialect', ['ollama', 'openai'])
@@ -228,6 +231,29 @@ def test_earlier_turns_are_left_out_and_said_to_be(url):
     assert reply.json()['choices'] == chat(url, QUESTIONS[2]).json()['choices']
 
 
+def test_system_messages_go_into_the_input(url):
+    """As prepare.py reads chats: several are joined, before an input of the request's own; a header says so."""
+    messages = [{'role': 'system', 'content': 'Be kind.'}, {'role': 'developer', 'content': [{'type': 'text', 'text': 'Be brief.'}]},
+                {'role': 'user', 'content': QUESTIONS[0], 'name': 'ann'}]
+    reply = chat(url, '', messages=messages, input='The sea.')
+    assert reply.headers['X-System-In-Input'] == '2' and 'X-Messages-Left-Out' not in reply.headers
+    right = expected(random_model(), {'instruction': QUESTIONS[0], 'input': 'Be kind.\n\nBe brief.\n\nThe sea.'})
+    assert reply.json()['choices'][0]['message']['content'] == right
+    body = {'prompt': QUESTIONS[0], 'system': 'Be kind.\n\nBe brief.\n\nThe sea.', 'stream': False, 'options': {'num_predict': 24}}
+    reply = requests.post(url + '/api/generate', json=body)
+    assert reply.json()['response'] == right and reply.headers['X-System-In-Input'] == '1'
+
+
+def test_settings_that_are_not_built_are_named_in_a_header(url):
+    """Values that change nothing are not; and what is named cannot break the header."""
+    for more, named in (({'top_p': 0.5, 'tools': [{}], 'user\r\nX-Evil: 1': 'x'}, 'top_p, tools, user??X-Evil??1'),
+                        ({'top_p': 1, 'presence_penalty': 0, 'tools': None, 'n': 1, 'response_format': {'type': 'text'}}, None),
+                        ({'seed': 1, 'top_k': 3, 'stop': 'x', 'temperature': 1}, None)):
+        assert chat(url, QUESTIONS[0], max_tokens=1, **more).headers.get('X-Ignored') == named
+    body = {'prompt': 'Hello.', 'stream': False, 'n': 3, 'format': 'json', 'options': {'num_predict': 1, 'repeat_penalty': 1.3, 'top_p': 1}}
+    assert requests.post(url + '/api/generate', json=body).headers['X-Ignored'] == 'n, format, repeat_penalty'
+
+
 def test_stop_sequences(url):
     """The answer ends before the first, and a stream never shows the beginning of one."""
     whole = chat(url, QUESTIONS[3]).json()['choices'][0]['message']['content']
@@ -239,20 +265,97 @@ def test_stop_sequences(url):
         assert ''.join(json.loads(line[6:])['choices'][0]['delta']['content'] for line in lines) == whole[:whole.index(stop)]
 
 
+def new_answer(stop=(), n_top=-1, limit=60, echo=False):
+    """An Answer as a request makes it."""
+    asked = SimpleNamespace(max_tokens=limit, temperature=0, top_k=0, seed=1, stop=stop, n_top=n_top, echo=echo)
+    return serve.Answer(GPTConfig(), asked, serve.Prompt([1], '"', False), 0, SimpleNamespace(set=lambda: None))
+
+
+def feed(answer, new_ids):
+    """Let the answer get these ids, one after the other, each with itself as its record -> the Pieces that come."""
+    pieces = []
+    for new_id in new_ids:
+        answer.append(new_id)
+        answer.on_token(new_id)
+        pieces.append(answer.take())
+    return [piece for piece in pieces if piece]
+
+
 def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     """The header is dropped, as sample.py does, once it is whole; then each token comes once, with its piece of text."""
     monkeypatch.setattr(serve, 'chain', [])
-    monkeypatch.setattr(serve, 'models', {'m': SimpleNamespace(config=GPTConfig())}, raising=False)
-    answer = serve.Answer(('m', 'template'), 0, [], 0, SimpleNamespace(set=lambda: None), [1], 20)
-    texts, tokens, new_ids = [], [], get_tokenizer().encode('### Response:\nThe cat 🎉 sat') + [50256]
-    for new_id in new_ids:
-        answer.ids.append(new_id)
-        answer.finish_reason = 'stop' if new_id == 50256 else ''
-        answer.receive(new_id)
-        text, some = answer.take()
-        texts.append(text)
-        tokens += some
-    assert ''.join(texts) == 'The cat 🎉 sat' and tokens == new_ids[:-1] and '\ufffd' not in ''.join(texts)
+    new_ids = get_tokenizer().encode('### Response:\nThe cat 🎉 sat') + [50256]
+    pieces = feed(new_answer(n_top=0), new_ids)
+    text = ''.join(piece.text for piece in pieces)
+    assert text == 'The cat 🎉 sat' and sum((piece.tokens for piece in pieces), []) == new_ids[:-1] and len(pieces) > 3
+
+
+# --- completions: lists of prompts, ids, log-probabilities of prompts
+
+
+def completions(url, prompt, **more):
+    return requests.post(url + '/v1/completions', json={'model': 'tiny-sft', 'prompt': prompt, **more}, timeout=60)
+
+
+def test_lists_of_prompts_and_ids(url):
+    """Texts or ids, one or several; n answers each, in order."""
+    texts = ['The sea is', 'A cat']
+    ids = [get_tokenizer().encode(text) for text in texts]
+    alone = [completions(url, text, max_tokens=5).json()['choices'][0]['text'] for text in texts]
+    for prompt in (texts, ids):
+        choices = completions(url, prompt, max_tokens=5, n=2).json()['choices']
+        assert [choice['text'] for choice in choices] == [alone[0]] * 2 + [alone[1]] * 2 and [choice['index'] for choice in choices] == [0, 1, 2, 3]
+    assert completions(url, ids[1], max_tokens=5).json()['choices'][0]['text'] == alone[1]
+    assert completions(url, texts, max_tokens=5).json()['usage'] == {'prompt_tokens': 5, 'completion_tokens': 10, 'total_tokens': 15}
+    for wrong in ([50257], [-1], [], ' ', [[1], []]):
+        assert completions(url, wrong).status_code == 400, wrong
+
+
+@pytest.mark.parametrize('more', [{'max_tokens': 1}, {'max_tokens': 0}, {'max_tokens': 1, 'stream': True}])
+def test_the_log_probabilities_of_prompts(url, more):
+    """What lm-eval asks: echo, logprobs=1, lists of ids, of which some begin as the template does or are longer than a step."""
+    prefix = encode_prompt({'instruction': 'Say it.'})
+    prompts = [get_tokenizer().encode('The sea 🎉 is'), prefix, prefix[:25], [50256, 464], list(range(1000, 1700))]
+    model = random_model()
+    reply = completions(url, prompts, echo=True, logprobs=1, **more)
+    if more.get('stream'):
+        chunks = [json.loads(line[6:])['choices'][0] for line in reply.text.split('\n\n')[:-2]]
+        choices = [next(chunk for chunk in chunks if chunk['index'] == i) for i in range(len(prompts))]
+    else:
+        choices = reply.json()['choices']
+    for prompt, choice in zip(prompts, choices):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt]))[0].log_softmax(1)
+        told = choice['logprobs']
+        assert told['token_logprobs'][0] is told['top_logprobs'][0] is None
+        n = len(prompt) + (more['max_tokens'] > 0)
+        assert [len(told[key]) for key in ('tokens', 'token_logprobs', 'top_logprobs', 'text_offset')] == [n] * 4
+        right = logprobs[range(len(prompt) - 1), prompt[1:]].tolist()
+        assert told['token_logprobs'][1:len(prompt)] == pytest.approx(right, abs=1e-3)
+        for token, tops, row in zip(told['tokens'][1:], told['top_logprobs'][1:], logprobs):
+            likeliest = get_tokenizer().decode([row.argmax().item()])
+            is_shown = '\ufffd' in likeliest or serve.mask(likeliest) == likeliest
+            assert token in tops and len(tops) <= 2 and (max(tops.values()) == pytest.approx(row.max().item(), abs=1e-3)) >= is_shown
+        assert choice['text'].startswith(get_tokenizer().decode(prompt))
+        if more['max_tokens'] == 0:
+            assert choice['text'] == get_tokenizer().decode(prompt)
+
+
+def test_tokens_that_are_parts_of_characters(url):
+    """Written as OpenAI writes them, so that no two alternatives have one name; offsets count whole characters."""
+    prompt = 'a 🎉é b'
+    told = completions(url, prompt, max_tokens=0, echo=True, logprobs=1).json()['choices'][0]['logprobs']
+    parts = [get_tokenizer().decode_single_token_bytes(id) for id in get_tokenizer().encode(prompt)]
+    assert told['tokens'] == [serve.token_text(part, 'bytes:') for part in parts]
+    assert told['tokens'][1:3] == ['bytes:\\x20\\xf0\\x9f', 'bytes:\\x8e']
+    whole = [prompt.encode()[:sum(map(len, parts[:i]))].decode(errors='ignore') for i in range(len(parts))]
+    assert told['text_offset'] == [len(text) for text in whole]
+
+
+def test_nothing_is_generated_where_nothing_is_asked_for(url):
+    assert chat(url, QUESTIONS[0], max_tokens=0).json()['choices'][0]['message']['content'] == ''
+    reply = completions(url, 'The sea', max_tokens=0, echo=True).json()
+    assert reply['choices'][0]['text'] == 'The sea' and reply['choices'][0]['finish_reason'] == 'length' and reply['usage']['completion_tokens'] == 0
 
 
 # --- what is refused
@@ -265,18 +368,16 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     (CHAT, 'x' * 1_000_000, 413, '100,000 bytes'),
     (CHAT, {'messages': []}, 400, 'no instruction'),
     (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must have the role user'),
-    (CHAT, {'messages': [{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'x'}]}, 400, 'no system message'),
+    (CHAT, {'messages': [{'role': 'system', 'content': 'x'}]}, 400, 'no instruction'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'temperature': -1}, 400, 'temperature'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'max_tokens': 'x'}, 400, 'max_tokens'),
-    (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'n': 1000}, 400, 'n: '),
-    (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'tools': [{'type': 'function'}]}, 400, 'tools is not supported'),
+    (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'n': 65}, 400, '65 answers are more than'),
+    (CHAT, {'messages': [{'role': 'user', 'content': 'x'}], 'n': 0}, 400, 'n: '),
     (CHAT, {'messages': [{'role': 'user', 'content': 'word ' * 1100}]}, 400, 'tokens; it may have'),
     (CHAT, {'messages': [{'role': 'user', 'content': 'a' * 20_000}]}, 400, 'tokens; it may have'),
-    (CHAT, {'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}, {'type': 'image_url'}]}]}, 400, 'only parts of type text'),
+    (CHAT, {'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}, {'type': 'image_url'}]}]}, 400, 'not a text'),
     ('/v1/completions', {'prompt': ' '}, 400, 'no instruction'),
-    ('/api/generate', {'prompt': 'x', 'n': 2}, 400, 'n is not supported'),
     ('/api/chat', {'model': 'llama3', 'messages': [{'role': 'user', 'content': 'x'}]}, 404, "no model 'llama3'"),
-    ('/api/generate', {'prompt': 'x', 'system': 'y'}, 400, 'no system message'),
     ('/api/generate', {'prompt': 'x', 'options': {'top_k': 'many'}}, 400, 'top_k'),
     ('/api/show', {'name': 'llama3'}, 404, 'llama3'),
     ('/api/pull', {'model': 'llama3'}, 404, 'Not Found'),
@@ -294,15 +395,31 @@ def test_odd_text_is_answered(url):
         assert requests.post(url + CHAT, data=body).status_code == 200, text
 
 
+def test_ordinary_http_is_understood(url):
+    """Bodies in chunks, HEAD, Ollama's tag in a model's path; a seed below 0 draws anew."""
+    body = json.dumps({'messages': [{'role': 'user', 'content': 'Hi.'}], 'max_tokens': 1}).encode()
+    assert requests.post(url + CHAT, data=iter([body[:9], body[9:]])).ok
+    assert requests.post(url + CHAT, data=iter([b'x' * 60_000] * 3)).status_code == 413
+    for path in ('/', '/health', '/api/tags', '/api/version', '/v1/models'):
+        reply = requests.head(url + path)
+        assert reply.status_code == 200 and not reply.content
+    assert requests.get(url + '/v1/models/tiny-sft:latest').json()['id'] == 'tiny-sft'
+    assert len({chat(url, QUESTIONS[0], temperature=5, seed=-1).text.partition('choices')[2] for _ in range(4)}) == 4
+
+
 # --- filters
+
+
+FILTER_CASES = [json.loads(line) for line in Path(ROOT, 'data/filter_cases.jsonl').read_text('utf-8').splitlines()]
 
 
 def test_a_stream_shows_no_more_than_the_whole(monkeypatch):
     """At every length of a text, what is final is masked as it is in the whole text."""
-    cases = [json.loads(line)['text'] for line in Path(ROOT, 'data/filter_cases.jsonl').read_text('utf-8').splitlines()]
+    cases = [case['text'] for case in FILTER_CASES]
     draw = random.Random(1)
-    texts = cases + ['\n'.join(draw.sample(cases, 2)) for _ in range(40)] + [
-        'MT84 MALT 0110 0001 2345 MTLC AST0 01S is hers', 'Call (030) 123 4567 or +49 (0) 30 1234567.', 'a@b.org', '4111 1111 1111 1111']
+    texts = cases + ['\n'.join(draw.sample(cases, 2)) for _ in range(40)] + [' '.join(draw.sample(cases, 2)) for _ in range(40)] + [
+        'MT84 MALT 0110 0001 2345 MTLC AST0 01S is hers', 'Call (030) 123 4567 or +49 (0) 30 1234567.', 'a@b.org', '4111 1111 1111 1111',
+        'pay de89 3704 0044 0532 0130 00 and de89 3704 0044', 'xde89 1 4111 1111 1111 1111 12/27 5']
     for chain in (['pii', 'profanity'], ['pii']):
         monkeypatch.setattr(serve, 'chain', chain)
         for text in texts:
@@ -313,17 +430,11 @@ def test_a_stream_shows_no_more_than_the_whole(monkeypatch):
 
 def test_a_stream_with_a_stop_sequence_shows_no_more_either(monkeypatch):
     monkeypatch.setattr(serve, 'chain', ['pii'])
-    monkeypatch.setattr(serve, 'models', {'m': SimpleNamespace(config=GPTConfig())}, raising=False)
     text = 'Write to bob@example.com or pay with 4111 1111 1111 1111 now, please.'
     for stop in ('#', '### End', 'a stop sequence of many words', 'please'):
-        answer = serve.Answer(('m', 'template'), 0, [stop], -1, SimpleNamespace(set=lambda: None), [1], 60)
-        new_ids, pieces = get_tokenizer().encode(text) + [50256], []
-        for new_id in new_ids:
-            answer.ids.append(new_id)
-            answer.finish_reason = 'stop' if new_id == 50256 else ''
-            answer.receive(None)
-            pieces.append(answer.take()[0])
-        assert ''.join(pieces) == 'Write to [email] or pay with [card] now, ' + 'please.' * (stop != 'please')
+        pieces = feed(new_answer([stop]), get_tokenizer().encode(text) + [50256])
+        assert ''.join(piece.text for piece in pieces) == 'Write to [email] or pay with [card] now, ' + 'please.' * (stop != 'please')
+        assert len(pieces) > 3  # it comes while it is written
 
 
 @pytest.mark.parametrize('text, masked', [
@@ -331,72 +442,113 @@ def test_a_stream_with_a_stop_sequence_shows_no_more_either(monkeypatch):
     ('DE88 3704 0044 0532 0130 00', None), ('Card 4111-1111-1111-1111!', 'Card [card]!'), ('4111 1111 1111 1112', None),
     ('Ring +44 20 7946 0958 at 10', 'Ring [phone] at 10'), ('(555) 010-4567', '[phone]'), ('On 2024-05-17 at 12:30', None),
     ('3.14159265358979 and 1,234,567', None), ('You idiot!', 'You [offensive]!'), ('You 1d10t', 'You [offensive]'),
-    ('Scunthorpe assesses class', None), ('A gay couple shut the door.', None), ('', None)])
+    ('Scunthorpe assesses class', None), ('A gay couple shut the door.', None), ('', None), ('An ignorant man waits 45s, then 455 more.', None),
+    # what follows a number, or stands before it, is not part of it
+    ('Card 4111 1111 1111 1111 12/27 123', 'Card [card] 12/27 123'), ('99 4111 1111 1111 1111', '99 [card]'), ('amex 3782 822463 10005 ok', 'amex [card] ok'),
+    ('To ES91 2100 0418 4502 0005 1332 EUR 100', 'To [IBAN] EUR 100'), ('to es91 2100 0418 4502 0005 1332 100 eur', 'to [IBAN] 100 eur'),
+    ('card 4111\u00a01111\u00a01111\u00a01111', 'card [card]'), ('DE89\u202f3704\u202f0044\u202f0532\u202f0130\u202f00.', '[IBAN].'),
+    ('a card: 0.4111111111111111', None), ('4111111111111111x', None),
+    # what only looks like one
+    ('On 05/17/2024, 17.05.2024 or 17-05-2024.', None), ('Write 500-1000 words.', None), ('Add 512 345 6789.', None), ('Open 08.30-17.00.', None),
+    ('It began at 1548138160707 and 1700000000.', None), ('ISBN 978-3-16-148410-0 or 0-306-40615-2', None), ('7-6, 3-6, 6-4', None),
+    ('There were +1000000 views, then +1 000 000.', None), ('Lottery: 04 11 23 35 41 42', None), ('1 2 3 4 5 6 7 8 9 10 11 12 13', None),
+    # a word before a bare number
+    ('Call me at 555-0123.', 'Call me at [phone].'), ('The 555-0123 valve.', None), ('Tel.: 512 345 6789', 'Tel.: [phone]'), ('phone 5123456789', 'phone [phone]')])
 def test_what_the_filters_mask(monkeypatch, text, masked):
     monkeypatch.setattr(serve, 'chain', ['pii', 'profanity'])
-    assert serve.mask(text) == (masked or text)
+    found = set()
+    right = text if masked is None else masked
+    assert serve.mask(text, found) == right and found == set(re.findall(r'\[(\w+)\]', right))
     monkeypatch.setattr(serve, 'chain', [])
     assert serve.mask(text) == text
 
 
 def test_a_long_hostile_text_is_filtered_in_time():
-    for text in ('a' * 16_000, '1 ' * 8_000, 'a@' * 8_000, '0' * 16_000, 'A1' * 8_000, '+1 (' * 4_000, ('+' + '1' * 38 + 'x ') * 400):
+    for text in ('a' * 16_000, '1 ' * 8_000, 'a@' * 8_000, '0' * 16_000, 'A1' * 8_000, '+1 (' * 4_000, ('+' + '1' * 38 + 'x ') * 400, 'ab12 ' * 3_200,
+                 '4111 ' * 3_200, 'call ' * 3_200, '01 ' * 5_000):
         began = time.perf_counter()
         serve.mask(text)
+        serve.final_size(text)
         assert time.perf_counter() - began < 1, text[:9]  # it blocks the server meanwhile
 
 
+def test_alternatives_that_a_filter_masks_are_left_out(monkeypatch):
+    """A rude token may be unlikely, but it is not shown."""
+    monkeypatch.setattr(serve, 'chain', ['profanity'])
+    rude, kind = [get_tokenizer().encode(word)[0] for word in (' idiot', ' friend')]
+    logits = torch.zeros(1, 50257)
+    logits[0, rude] = 9
+    logits[0, kind] = 8
+    record, = serve.score([kind], logits, 2)
+    assert [other['token'] for other in record['top_logprobs']] == [' friend']
+
+
 def test_a_prompt_is_masked_before_the_model_sees_it(url):
+    """In a chat, in the input, in a raw prompt and in ids; a header tells which kinds."""
     prompt = 'Greet jo@example.org, you moron.'
     masked = 'Greet [email], you [offensive].'
-    usage = chat(url, prompt).json()['usage']
+    reply = chat(url, prompt)
+    usage = reply.json()['usage']
     assert usage['prompt_tokens'] == len(encode_prompt({'instruction': masked})) != len(encode_prompt({'instruction': prompt}))
-    assert chat(url, prompt).json()['choices'] == chat(url, masked).json()['choices']
+    assert reply.json()['choices'] == chat(url, masked).json()['choices']
+    assert reply.headers['X-Masked'] == 'email, offensive' and 'X-Masked' not in chat(url, masked).headers
+    for raw in (prompt, get_tokenizer().encode(prompt)):
+        reply = completions(url, raw, max_tokens=0, echo=True)
+        assert reply.json()['choices'][0]['text'] == masked and reply.headers['X-Masked'] == 'email, offensive'
+    reply = chat(url, 'Greet him.', input=prompt)
+    assert reply.headers['X-Masked'] == 'email, offensive' and reply.json()['choices'] == chat(url, 'Greet him.', input=masked).json()['choices']
 
 
 @pytest.fixture(scope='module')
 def guarded(run_folder):
-    """A server with a key, patterns of its own, a moderator, and room for one answer and two that wait."""
-    (run_folder / 'mine.txt').write_text('scor.\n\n')
-    opinion = lambda prompt: json.dumps({'score': 90 if 'bomb' in prompt else 3})  # noqa: E731
-    with FakeJudge(opinion) as judge, serving(
-            run_folder, '--filters=patterns,moderator', '--patterns=mine.txt', f'--judge_url={judge.url}', '--max_active=1',
-            '--queue=2', '--max_new_tokens=900', '--request_timeout=20', '--without_key=True', env={'SERVE_API_KEY': 'sesame'}) as (url, _):
+    """A server with a key, patterns of its own in a file with a byte order mark, and room for one answer and two that wait."""
+    (run_folder / 'mine.txt').write_text('\ufeffscor.\n\n', encoding='utf-8')
+    with serving(run_folder, '--filters=patterns', '--patterns=mine.txt', '--max_active=1', '--queue=2', '--max_new_tokens=900',
+                 '--without_key=True', env={'SERVE_API_KEY': 'sesame'}) as (url, _):
         yield url
 
 
-def test_patterns_and_the_moderator(guarded):
+def test_patterns_of_ones_own_mask_answers(guarded):
     client = openai.OpenAI(base_url=guarded + '/v1', api_key='sesame')
     messages = [{'role': 'user', 'content': 'Hello.'}]
     reply = client.chat.completions.create(model='tiny-before', messages=messages, logprobs=True)
     assert reply.choices[0].message.content == '{"[masked]": 7}' and reply.choices[0].logprobs is None
     stream = client.chat.completions.create(model='tiny-before', messages=messages, logprobs=True, stream=True)
     assert ''.join(chunk.choices[0].delta.content for chunk in stream) == '{"[masked]": 7}'
-    with pytest.raises(openai.BadRequestError, match='moderator refused'):
-        client.chat.completions.create(model='tiny-before', messages=[{'role': 'user', 'content': 'A bomb.'}])
-
-
-def test_a_moderator_that_takes_no_schema(run_folder):
-    """Its server is asked for JSON by the prompt alone, as in judge.py."""
-    with FakeJudge(lambda prompt: '{"score": 3}', forms=()) as judge, serving(
-            run_folder, '--filters=moderator', '--judge=openai', f'--judge_url={judge.url}', '--judge_model=llama3:latest') as (url, _):
-        assert chat(url, 'Hello.').ok
 
 
 def test_the_key(guarded):
     for path in ('/v1/models', '/api/tags', '/metrics'):
         for headers in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 'sesame'}, {'Authorization': 'Bearer séame'.encode()}):
             assert requests.get(guarded + path, headers=headers).status_code == 401
-        assert requests.get(guarded + path, headers={'Authorization': 'Bearer sesame'}).ok
+        for scheme in ('Bearer', 'bearer', 'BEARER'):
+            assert requests.get(guarded + path, headers={'Authorization': f'{scheme} sesame'}).ok
     assert chat(guarded, 'Hi').status_code == 401
     assert requests.get(guarded).ok and requests.get(guarded + '/health').json() == {'status': 'ok'}
+    # the path decides that was asked for, not what a Host header makes of it
+    host, port = guarded.removeprefix('http://').split(':')
+    connection = http.client.HTTPConnection(host, int(port))
+    connection.request('GET', '/v1/models', headers={'Host': 'localhost/health?'})
+    assert connection.getresponse().status == 401
 
 
 def test_another_name_needs_a_key(url, guarded):
     """A web page whose name is made to point here (DNS rebinding) must not read answers."""
-    for host, status in (('evil.example', 403), ('localhost:1', 200), ('127.0.0.1', 200), ('[::1]:8000', 200)):
+    for host, status in (('evil.example', 403), ('localhost:1', 200), ('127.0.0.1', 200), ('[::1]:8000', 200), ('[::1', 403)):
         assert requests.get(url + '/v1/models', headers={'Host': host}).status_code == status
     assert requests.get(guarded + '/v1/models', headers={'Host': 'mine.example', 'Authorization': 'Bearer sesame'}).ok
+
+
+def test_a_page_of_another_origin_may_not_ask(url, guarded):
+    """It could make the server compute, though it reads nothing. Below a proxy the browser's word counts; a key is enough."""
+    body = {'messages': [{'role': 'user', 'content': 'Hi.'}], 'max_tokens': 1}
+    for headers, status in (({'Origin': 'http://evil.example'}, 403), ({'Origin': 'null'}, 403), ({'Origin': url}, 200),
+                            ({'Origin': 'https://hub.example', 'Sec-Fetch-Site': 'same-origin'}, 200),
+                            ({'Origin': url, 'Sec-Fetch-Site': 'cross-site'}, 403)):
+        for path in (CHAT, '/api/chat'):
+            assert requests.post(url + path, json=body, headers=headers).status_code == status
+    assert requests.get(url, headers={'Origin': 'http://evil.example', 'Sec-Fetch-Site': 'cross-site'}).ok  # a link leads here
+    assert requests.post(guarded + CHAT, json=body, headers={'Origin': 'http://evil.example', 'Authorization': 'bearer sesame'}).ok
 
 
 # --- manners under load
@@ -408,14 +560,120 @@ def open_stream(url, text='Tell me all.', key='', **more):
 
 
 def test_a_full_queue(guarded):
-    headers = {'Authorization': 'Bearer sesame'}
-    with ThreadPoolExecutor(8) as pool:
-        body = {'messages': [{'role': 'user', 'content': 'Tell.'}], 'max_tokens': 300}
-        replies = list(pool.map(lambda _: requests.post(guarded + CHAT, json=body, headers=headers), range(8)))
-    refused = [reply for reply in replies if reply.status_code == 503]
-    assert refused and all(int(reply.headers['Retry-After']) > 0 and 'waiting' in reply.json()['error']['message'] for reply in refused)
-    served = {reply.json()['choices'][0]['message']['content'] for reply in replies if reply.ok}
-    assert len(served) == 1 and len(refused) <= 5
+    """Who finds it full is told to come again soon; who waits is answered."""
+    running = open_stream(guarded, key='sesame', temperature=5, seed=1)  # for far longer than the next lines take
+    with ThreadPoolExecutor(3) as pool:
+        body = {'messages': [{'role': 'user', 'content': 'Tell.'}], 'max_tokens': 3}
+        headers = {'Authorization': 'Bearer sesame'}
+        first = [pool.submit(requests.post, guarded + CHAT, json=body, headers=headers) for _ in range(2)]
+        wait_until(lambda: 'waiting_rows 2.0' in requests.get(guarded + '/metrics', headers=headers).text)
+        refused = requests.post(guarded + CHAT, json=body, headers=headers)
+        running.close()
+        served = [reply.result() for reply in first]
+    assert refused.status_code == 503 and refused.headers['Retry-After'] == '1' and 'waiting' in refused.json()['error']['message']
+    assert all(reply.ok for reply in served)
+
+
+def test_a_stream_comes_while_it_is_written(url):
+    lines = open_stream(url, temperature=5, seed=3).iter_lines(decode_unicode=True)
+    assert json.loads(next(lines)[6:])['choices'][0]['delta']['content']
+    assert metric(url, 'active_rows') == 1  # hundreds of tokens are still to come
+    assert list(lines)[-2] == 'data: [DONE]'
+
+
+def test_a_stream_goes_on_beside_any_mixture(url):
+    """Long prompts, and requests of one token one after the other, share the steps with it."""
+    is_over = []
+
+    def ask_again_and_again(text):
+        n = 0
+        while not is_over:
+            assert chat(url, text, max_tokens=1).ok
+            n += 1
+        return n
+
+    with ThreadPoolExecutor(6) as pool:
+        askers = [pool.submit(ask_again_and_again, text) for text in ['Hi.'] * 3 + ['word ' * 900] * 3]
+        text = open_stream(url, max_tokens=60, temperature=5, seed=2).text
+        is_over.append(True)
+        assert text.strip().endswith('[DONE]') and min(asker.result() for asker in askers) > 0
+
+
+def test_a_step_is_bounded_and_serves_all_that_decode(monkeypatch):
+    """Beside prompts of 900 tokens each step gives a running answer a token, and computes no more ids than its size."""
+    engine = serve.ServingEngine(random_model(), 4e9)
+    sizes = []
+    compute = engine.compute
+    monkeypatch.setattr(engine, 'compute', lambda batch: sizes.append(sum(n for _, n in batch)) or compute(batch))
+    first, *others = [engine_answer(ids, 20) for ids in ([1, 2, 3], *[list(range(i, i + 900)) for i in range(9)])]
+    engine.arrived.append(first)
+    engine.step_safely()
+    engine.arrived += others
+    for n in range(2, 20):
+        engine.step_safely()
+        assert len(first.ids) == 3 + n
+    assert max(sizes) == serve.max_active + serve.PREFILL_SIZE
+
+
+def engine_answer(ids, n, **more):
+    asked = SimpleNamespace(max_tokens=n, temperature=0, top_k=0, seed=1, stop=[], n_top=-1, echo=False)
+    return serve.Answer(GPTConfig(**SHAPE), asked, serve.Prompt(ids, '', True), 0, SimpleNamespace(set=lambda: None))
+
+
+def test_all_caches_stay_within_their_limit_and_are_given_back():
+    engine = serve.ServingEngine(random_model(), 2e6)  # 1,953 positions of this shape
+    engine.arrived += [engine_answer(list(range(i, i + 300)), 40) for i in range(20)]
+    largest = 0
+    while engine.has_work():
+        engine.step_safely()
+        largest = max(largest, sum(layer.nbytes for layer in engine.cache.layers))
+    assert 1e6 < largest <= 2e6
+    engine.rest()
+    assert sum(layer.nbytes for layer in engine.cache.layers) == 0
+
+
+# fails each step in which the model meets ' swordfish', or more than so many ids
+FAULT = """
+import model
+hidden_states = model.GPT.hidden_states
+def faulty(self, ids, positions=None, attention=None):
+    if 8429 in ids or ids.numel() > LIMIT:
+        raise RuntimeError('a fault of this machine')
+    return hidden_states(self, ids, positions, attention or model.causal_attention)
+model.GPT.hidden_states = faulty
+"""
+
+
+def test_a_failure_ends_the_answers_at_fault_alone(run_folder):
+    """Each in its dialect, so that no client takes the rest for the whole; what runs beside them goes on as if nothing were."""
+    assert get_tokenizer().encode(' swordfish')[0] == 8429
+    with serving(run_folder, '--filters=', first=FAULT.replace('LIMIT', '9999')) as (url, process), ThreadPoolExecutor(8) as pool:
+        settings = {'temperature': 1.0, 'seed': 4, 'top_k': 2}  # among all ids rounding would decide now and then
+        others = [pool.submit(chat, url, text, max_tokens=60, **settings) for text in QUESTIONS]
+        wait_until(lambda: metric(url, 'active_rows') > 0)
+        fish = 'A swordfish.'
+        assert chat(url, fish).status_code == 500 and 'fault of this machine' in chat(url, fish).json()['error']['message']
+        chunks = open_stream(url, fish).text.split('\n\n')
+        assert json.loads(chunks[0][6:])['choices'][0]['finish_reason'] == 'error' and 'fault of this machine' in chunks[1]
+        client = openai.OpenAI(base_url=url + '/v1', api_key='none')
+        with pytest.raises(openai.APIError, match='fault of this machine'):
+            list(client.chat.completions.create(model='tiny-sft', messages=[{'role': 'user', 'content': fish}], stream=True))
+        for stream in (False, True):
+            with pytest.raises(ollama.ResponseError, match='fault of this machine'):
+                list(ollama.Client(url).generate('tiny-sft', fish, stream=stream))
+        for text, reply in zip(QUESTIONS, others):
+            right = expected(random_model(), {'instruction': text}, 60, **settings)
+            assert reply.result().json()['choices'][0]['message']['content'] == right
+        assert process.returncode is None and 'swordfish' not in ''.join(process.output())
+
+
+def test_answers_that_are_too_many_for_the_memory_share_it_in_turns(run_folder):
+    """Nobody is at fault where each can be computed alone: then fewer run at once, and all are right."""
+    with serving(run_folder, '--filters=', first=FAULT.replace('LIMIT', '60')) as (url, _), ThreadPoolExecutor(30) as pool:
+        rows = [{'instruction': f'{QUESTIONS[i % 5]} {i}'} for i in range(30)]
+        replies = list(pool.map(lambda row: chat(url, row['instruction'], max_tokens=20), rows))
+        model = random_model()
+        assert [reply.json()['choices'][0]['message']['content'] for reply in replies] == [expected(model, row, 20) for row in rows]
 
 
 @pytest.mark.parametrize('stream', [True, False])
@@ -431,17 +689,44 @@ def test_a_client_that_goes_away_frees_its_rows(url, stream):
     assert metric(url, 'new_tokens_total') - before < 16 * 700
 
 
-def test_the_time_limit(run_folder):
-    """It ends those that are computed with what they have, and those that wait for room with nothing."""
+@pytest.fixture(scope='module')
+def hasty(run_folder):
+    """A server that gives a request one second."""
     with serving(run_folder, '--max_new_tokens=900', '--request_timeout=1', '--filters=', '--max_active=8') as (url, _):
-        began = time.monotonic()
-        reply = chat(url, 'Tell.', n=16, max_tokens=900, temperature=5, seed=1).json()
-        assert time.monotonic() - began < 4
-        assert {'length'} <= {choice['finish_reason'] for choice in reply['choices']} <= {'length', 'stop'}
-        assert 0 < reply['usage']['completion_tokens'] < 8 * 800 and '' in [choice['message']['content'] for choice in reply['choices']]
-        lines = open_stream(url, n=16, temperature=5).text
-        assert lines.strip().endswith('[DONE]')
-        wait_until(lambda: metric(url, 'active_rows') == metric(url, 'waiting_rows') == 0)
+        yield url
+
+
+def test_the_time_limit(hasty):
+    """It ends those that are computed with what they have, and those that wait for room with nothing."""
+    began = time.monotonic()
+    reply = chat(hasty, 'Tell.', n=16, max_tokens=900, temperature=5, seed=1).json()
+    assert time.monotonic() - began < 4
+    assert {'length'} <= {choice['finish_reason'] for choice in reply['choices']} <= {'length', 'stop'}
+    assert 0 < reply['usage']['completion_tokens'] < 8 * 800 and '' in [choice['message']['content'] for choice in reply['choices']]
+    lines = open_stream(hasty, n=16, temperature=5).text
+    assert lines.strip().endswith('[DONE]')
+    wait_until(lambda: metric(hasty, 'active_rows') == metric(hasty, 'waiting_rows') == 0)
+
+
+@pytest.mark.parametrize('sent, status', [
+    (b'', None), (b'POST /v1/completions HTTP/1.1\r\nHost: local', None), (b'GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea', 200),
+    (b'POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"prompt"', 408)])
+def test_half_a_request_does_not_hold_a_connection(hasty, sent, status):
+    host, port = hasty.removeprefix('http://').split(':')
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent)
+        reply = b''
+        while part := connection.recv(1000):  # until the server closes it
+            reply += part
+    assert reply.startswith(f'HTTP/1.1 {status}'.encode()) if status else reply == b''
+
+
+def test_an_answer_has_no_more_tokens_than_the_server_allows(run_folder):
+    with serving(run_folder, '--max_new_tokens=7', '--before=False') as (url, _):
+        for more in ({'max_tokens': 5000}, {'max_tokens': None}, {'max_tokens': -1}):
+            reply = chat(url, QUESTIONS[0], temperature=5, seed=1, **more).json()
+            assert reply['usage']['completion_tokens'] == 7 and reply['choices'][0]['finish_reason'] == 'length'
+        assert [model['id'] for model in requests.get(url + '/v1/models').json()['data']] == ['tiny-sft']
 
 
 def test_sigterm_lets_answers_end(run_folder):
@@ -479,7 +764,7 @@ def test_the_page_and_its_policy(url):
 @pytest.mark.parametrize('flags, words', [
     (['--host=0.0.0.0'], 'SERVE_API_KEY'), (['--filters=swearing'], "filters='swearing'"), (['--filters=patterns'], '--patterns='),
     (['--filters=patterns', '--patterns=none.txt'], 'none.txt'), (['--max_active=0'], 'max_active'), (['--init_from=gpt2-mediumm'], 'gpt2-medium'),
-    (['--host=192.0.2.1', '--without_key=True'], '192.0.2.1'), (['--port=PORT'], 'cannot listen')])
+    (['--host=192.0.2.1', '--without_key=True'], '192.0.2.1'), (['--port=PORT'], 'cannot listen'), (['--cache_gb=0'], 'cache_gb')])
 def test_mistakes_at_the_start_are_told_in_one_line(run_folder, url, flags, words):
     flags = [flag.replace('PORT', url.rsplit(':')[-1]) for flag in flags]
     assert words in stage(run_folder, 'serve.py', *flags, code=2).stderr
