@@ -760,13 +760,11 @@ def check_access(request: Request):
     name = re.sub(r':[0-9]+$', '', headers.get('host', ''))
     if not key and not without_key and name not in LOOPBACK:
         raise HTTPException(403, 'under a name other than localhost a key is needed')  # against DNS rebinding
-    # a browser says where a page is from; below a proxy its address is not the one that is asked for here
+    # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no page of
+    # another origin may send this header
     origin = headers.get('origin')
-    site = headers.get('sec-fetch-site')
     is_foreign = bool(origin) and urlsplit(origin).netloc != headers.get('host')
-    if site:
-        is_foreign = site in ('cross-site', 'same-site')
-    if request.method == 'POST' and is_foreign and not has_key:
+    if is_foreign and request.method == 'POST' and not has_key and 'x-requested-with' not in headers:
         raise HTTPException(403, 'pages of another origin may not ask')
     if key and not has_key and request.scope['path'] not in ('/', '/health'):
         raise HTTPException(401, 'the API key is missing or wrong', {'WWW-Authenticate': 'Bearer'})

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 import requests
 import torch
+from conftest import stage
 from playwright.sync_api import expect, sync_playwright
 from test_serve import serving
 
@@ -42,15 +43,27 @@ def scripted_model(scale, script):
 
 
 @pytest.fixture(scope='module')
-def urls(tmp_path_factory):
-    """Of a server, and of one with a key and without the model before tuning."""
+def folder(tmp_path_factory):
+    """A run with the rows that it was trained on."""
     folder = tmp_path_factory.mktemp('chat')
     (folder / 'out').mkdir()
+    rows = [{'instruction': f'{family.capitalize()} it, {n}.', 'input': f'Word {n}.' * (n % 2), 'output': 'x', 'family': family}
+            for n in range(40) for family in ('turn', 'colour', 'count')]
+    (folder / 'rows.json').write_text(json.dumps(rows))
+    stage(folder, 'prepare.py', '--source=rows.json', '--dataset=mine')
+    sha256 = json.loads((folder / 'data/mine/test.json').read_text())['sha256']
     for path, script in SCRIPTS.items():
         model = scripted_model(*script)
         torch.save(model.state_dict(), folder / f'{path}.pth')
         (folder / f'{path}.json').write_text(json.dumps({
-            'model': asdict(model.config), 'init_from': str(folder / 'before.pth'), 'config': {'seed': 1}, 'step': 1, 'val_loss': 1.0}))
+            'model': asdict(model.config), 'init_from': str(folder / 'before.pth'), 'config': {'seed': 1, 'dataset': 'mine'}, 'sha256': sha256,
+            'step': 1, 'val_loss': 1.0}))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def urls(folder):
+    """Of a server, and of one with a key and without the model before tuning."""
     with (serving(folder, '--filters=pii', '--max_new_tokens=1900') as (url, _),
           serving(folder, '--filters=', '--before=False', env={'SERVE_API_KEY': 'sesame'}) as (guarded, _)):
         yield url, guarded
@@ -167,3 +180,50 @@ def test_a_key_is_asked_for(browser, urls):
     page.keyboard.press('Enter')
     expect(page.locator('.text')).to_have_text(AFTER)
     assert page.is_hidden('#key-form') and page.is_hidden('#mode')  # it has one model only
+
+
+def test_the_examples_are_rows_of_the_runs_own_test_split(page, folder):
+    """One of each family; a model of other rows, or none, offers general ones."""
+    rows = json.loads((folder / 'data/mine/test.json').read_text())['rows']
+    buttons = page.locator('#examples button')
+    assert sorted(buttons.all_text_contents()) == ['colour', 'count', 'turn']
+    buttons.get_by_text('colour').click()
+    shown = page.input_value('#instruction'), page.input_value('#input')
+    assert shown in [(row['instruction'], row['input']) for row in rows if row['family'] == 'colour']
+
+
+def test_a_model_that_is_not_tuned_is_not_said_to_be(browser, folder):
+    with serving(folder, '--init_from=before.pth', '--host=::1') as (url, _):
+        assert url.startswith('http://[::1]:')
+        page = browser.new_page()
+        page.goto(url)
+        expect(page.locator('h1')).to_have_text('Ask GPT-2, not tuned')
+        page.fill('#instruction', 'Say it.')
+        page.keyboard.press('Enter')
+        expect(page.locator('.answer h2')).to_have_text('Not tuned')
+        assert 'opposite' in page.locator('#examples button').all_text_contents()
+        page.close()
+
+
+def test_the_enter_that_ends_a_word_in_an_input_method_sends_nothing(page):
+    """Chrome sends it while composing, Safari after that, as keyCode 229."""
+    asked = []
+    page.on('request', lambda request: request.method == 'POST' and asked.append(request.url))
+    page.fill('#instruction', 'にほん')
+    for init in ({'isComposing': True, 'keyCode': 229}, {'keyCode': 229}, {'keyCode': 13}):
+        assert not asked
+        page.locator('#instruction').dispatch_event('keydown', {'key': 'Enter', 'bubbles': True, **init})
+    expect(page.locator('#stop')).to_be_disabled(timeout=30_000)
+    assert asked
+
+
+def test_the_page_works_below_a_path(browser, urls):
+    """As behind a notebook server's proxy, which hands on what is below its path."""
+    page = browser.new_page()
+    page.route('http://hub.example/user/ann/proxy/8000/**', lambda route: route.fulfill(
+        response=route.fetch(url=route.request.url.replace('http://hub.example/user/ann/proxy/8000', urls[0]))))
+    page.goto('http://hub.example/user/ann/proxy/8000/')
+    page.wait_for_selector('#mode')
+    ask(page)
+    expect(page.locator('.text')).to_have_text(AFTER)
+    page.close()
