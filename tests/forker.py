@@ -51,7 +51,7 @@ def run(request):
     code = 1
     try:
         try:
-            exec(request['first'])
+            exec(request['first'], {})  # with globals of its own, which its functions see
             runpy.run_path(sys.argv[0], run_name='__main__')
             code = 0
         except Exception:
