@@ -1,8 +1,11 @@
 """
-serve.py under load and beside transformers' server, its soak, and what its filters find in data/filter_cases.jsonl.
+serve.py under load and beside other servers, its soak, and what its filters find in data/filter_cases.jsonl.
 
     python tests/bench.py --only=serve              # GPT-2 Small's shape; --size=medium, --turns=1, --quick
     python tests/bench.py --only=filters
+    python tests/bench_serve.py sharing             # how requests share a server: ours, transformers serve, llama.cpp's
+
+sharing needs transformers with what its serve asks for, and xllamacpp, in this Python or in the one that PEER_PYTHON names.
 
 What is compared is measured in turns, warm, and the medians are shown; a server that waits computes nothing.
 """
@@ -26,12 +29,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from engine import choose_device, for_inference, generate  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from prepare import encode_prompt  # noqa: E402
+
 import torch  # noqa: E402
 from bench import SHAPES, race, table  # noqa: E402
-
-from config import keep_freed_memory  # noqa: E402
-from model import GPT, GPTConfig, KVCache, Row  # noqa: E402
-from prepare import HEAD, encode_prompt, get_tokenizer  # noqa: E402
 
 NEW = 24  # tokens an answer, greedy
 PATHS = '/v1/chat/completions', '/v1/completions', '/api/chat', '/api/generate'
@@ -39,8 +42,8 @@ PATHS = '/v1/chat/completions', '/v1/completions', '/api/chat', '/api/generate'
 ODD_TEXTS = ['\0', 'a\0b', '\ud800', 'x \udfff\ud800 y', '\U0001f600' * 40, 'e\u0301\u200d\u202e abc', '\u2028\u0085',
              '\uffff', '数えて' * 20, '<|endoftext|>', '### Response:', '[email] a@b.de +49 30 1234567']
 MALFORMED = [b'', b'{', b'nul', b'7', b'[1]', b'{"prompt": "a}', b'\xff\xfe\0', b'[' * 60_000, b'{"a":' * 15_000]
-WRONG = {400: [{'temperature': -1}, {'temperature': float('nan')}, {'n': 99}, {'stop': 7}, {'system': 'x'},
-               {'messages': [7]}, {'messages': [{'role': 'system', 'content': 'x'}]}, {'prompt': ' '}, {'options': 'x'},
+WRONG = {400: [{'temperature': -1}, {'temperature': float('nan')}, {'n': 999}, {'stop': 7}, {'prompt': {}},
+               {'messages': [7]}, {'prompt': [50257]}, {'prompt': ' '}, {'options': 'x'},
                {'prompt': 'x ' * 20_000}],
          404: [{'model': 'absent'}, {'model': '\ud800'}], 413: [{'prompt': 'x' * 1_000_000}]}
 
@@ -55,14 +58,14 @@ def write_run(folder, shape):
     (folder / f'{model.config.name}-sft.json').write_text(json.dumps(about))
 
 @contextlib.contextmanager
-def server(folder, *command):
+def server(folder, *command, python=sys.executable, env=None):
     """Start a server -> (its process, port, log), when it answers. RuntimeError: it ended, with the last line of its log."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     log = Path(folder, f'{port}.log')
     with log.open('w') as file:
-        process = subprocess.Popen([sys.executable, *command, f'--port={port}'], stdout=file, stderr=file, cwd=ROOT,
-                                   env=os.environ | {'HF_HUB_OFFLINE': '1'})
+        process = subprocess.Popen([*filter(None, [python]), *command, f'--port={port}'], stdout=file, stderr=file, cwd=ROOT,
+                                   env=os.environ | {'HF_HUB_OFFLINE': '1'} | (env or {}))
     try:
         while process.poll() is None:
             with contextlib.suppress(OSError):
@@ -94,18 +97,13 @@ def ask(port, path, body=None, slow=False, connection=None):
 
 # --- speed
 
-def load(port, rows, clients, peer=''):
-    """
-    `clients` connections at once, each sends its share of the rows, one after the other -> (new tokens, text) of each row.
-    peer: the model's name there; the input goes where format_prompt puts it.
-    """
+def load(port, rows, clients):
+    """`clients` connections at once, each sends its share of the rows, one after the other -> (new tokens, text) of each row."""
     def client(i):
         connection, found = http.client.HTTPConnection('127.0.0.1', port, timeout=600), []
         for row in rows[i::clients]:
-            more = f'\n\n### Input:\n{row["input"]}' if peer and row.get('input') else ''
-            fields = {'model': peer} if peer else {'input': row.get('input', '')}
-            message = {'role': 'user', 'content': row['instruction'] + more}
-            body = json.dumps({'messages': [message], 'max_tokens': NEW, 'temperature': 0, **fields}).encode()
+            message = {'role': 'user', 'content': row['instruction']}
+            body = json.dumps({'messages': [message], 'max_tokens': NEW, 'temperature': 0, 'input': row.get('input', '')}).encode()
             status, content = ask(port, PATHS[0], body, connection=connection)
             if status != 200:
                 raise RuntimeError(f'{status} {content[:200]}')
@@ -130,68 +128,145 @@ def bench_clients(port, rows, turns):
         for n, (speed, answers) in found.items()])
 
 def bench_overhead(folder, port, rows, turns):
-    """One client, beside a process without a server: what sample.py does, and the steps that serve.py computes."""
+    """One client, beside a process without a server, which does what sample.py --prompt does."""
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
     child = subprocess.Popen([sys.executable, __file__, 'alone', folder], **pipes)
 
-    def alone(way):
-        print(json.dumps([way, rows]), file=child.stdin, flush=True)
+    def alone():
+        print(json.dumps(rows), file=child.stdin, flush=True)
         return [(n, '') for n in json.loads(child.stdout.readline())]
 
-    names = {'generate': 'model.generate, as sample.py --prompt', 'steps': "KVCache.step, the template's prefix cached"}
-    found = speeds({'serve.py': partial(load, port, rows, 1)} | {way: partial(alone, way) for way in names}, 2 * turns + 1)
+    found = speeds({'serve.py': partial(load, port, rows, 1), 'alone': alone}, 2 * turns + 1)
     child.kill()
     assert len({sum(n for n, _ in answers) for _, answers in found.values()}) == 1, 'they did not write as many tokens'
-    served = found.pop('serve.py')[0]
-    table(f'one prompt at a time, {len(rows)} answers: serve.py makes {served:.1f} tokens/s',
-          ('beside', 'tokens/s', 'more time in serve.py', 'bar'), [
-              (names[way], f'{speed:.1f}', f'{100 * (speed / served - 1):.1f} %', '<= 5 %' if way == 'generate' else '')
-              for way, (speed, _) in found.items()])
+    served, generated = found['serve.py'][0], found['alone'][0]
+    table(f'one prompt at a time, {len(rows)} answers', ('serve.py, tokens/s', 'engine.generate, tokens/s', 'more time in serve.py', 'bar'), [
+        (f'{served:.1f}', f'{generated:.1f}', f'{100 * (generated / served - 1):.1f} %', '<= 5 %')])
 
-@torch.inference_mode()
 def answer_alone(folder):
-    """The process that bench_overhead asks: a line of (way, rows) on stdin -> a line of how many tokens each answer has."""
-    keep_freed_memory()
+    """The process that bench_overhead asks: a line of rows on stdin -> a line of how many tokens each answer has."""
+    device, dtype = choose_device('cpu', 'float32')
     with contextlib.redirect_stdout(sys.stderr):
-        model = GPT.from_pretrained(next(Path(folder).glob('*.pth'))).eval()
-    cache = KVCache(model, get_tokenizer().encode_ordinary(HEAD)[:-1])
-    for way, rows in map(json.loads, sys.stdin):
-        answers = []
-        for prompt in map(encode_prompt, rows):
-            if way == 'generate':
-                answers += model.generate([prompt], NEW)
-            else:
-                row = Row(model.config, prompt, NEW)
-                cache.step([row])
-                while not row.finish_reason:
-                    cache.step([])
-                answers.append(row.answer)
-        print(json.dumps([len(answer) for answer in answers]), flush=True)
+        model = for_inference(GPT.from_pretrained(next(Path(folder).glob('*.pth'))), device, dtype)
+    for rows in map(json.loads, sys.stdin):
+        print(json.dumps([len(generate(model, [encode_prompt(row)], NEW)[0]) for row in rows]), flush=True)
 
-def bench_peers(folder, port, rows, turns):
-    import serve  # for its mask, which the answers of the others lack
-    subprocess.run([sys.executable, 'export.py', f'--out_dir={folder}'], check=True, stdout=subprocess.PIPE, cwd=ROOT)
-    model, lines = str(Path(folder, 'export', 'huggingface')), []
-    for memory in 'kept', 'as torch comes':
+
+# --- sharing: how long a stream stands still beside others, and what many clients get
+
+THREADS = {'OMP_NUM_THREADS': '2', 'MKL_NUM_THREADS': '2'}
+LIMIT = 240  # seconds after which a stream is given up
+LONG = 'word ' * 850  # with the template about 900 tokens
+
+
+def stream(port, model, text, n, on_first=None):
+    """Ask for a stream -> (when it was asked for, when each piece of text came)."""
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=LIMIT)
+    began = time.perf_counter()
+    body = {'model': model, 'messages': [{'role': 'user', 'content': text}], 'max_tokens': n, 'stream': True}
+    connection.request('POST', PATHS[0], json.dumps(body | GREEDY), {'Content-Type': 'application/json'})
+    response, times = connection.getresponse(), []
+    while (line := response.readline()) and time.perf_counter() - began < LIMIT:
+        choices = json.loads(line[6:]).get('choices') if line.startswith(b'data: {') else None
+        if choices and (choices[0].get('delta') or {}).get('content'):
+            times.append(time.perf_counter())
+            if on_first and len(times) == 1:
+                on_first()
+    connection.close()
+    return began, times
+
+
+GREEDY = {'temperature': 0, 'top_k': 1}
+# the servers beside ours, as Python of a process that has their packages: arguments are the model and --port=
+TRANSFORMERS = """
+import sys
+from transformers.cli.transformers import app
+sys.argv = ['transformers', 'serve', sys.argv[1], '--continuous-batching', '--device=cpu', sys.argv[2]]
+app()
+"""
+LLAMA = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.port = int(sys.argv[2].partition('=')[2])
+params.n_parallel, params.n_ctx = 32, 32 * 1024
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+server = xllamacpp.Server(params)
+time.sleep(10 ** 6)
+"""
+
+
+def gap_beside(port, model, others):
+    """The longest gap in seconds of a stream of 100 tokens beside `others`, functions(is_over) that run from its first token on."""
+    is_over, pool, running = [], ThreadPoolExecutor(64), []
+    began, times = stream(port, model, 'Tell me all about the sea.', 100, lambda: running.extend(pool.submit(other, is_over) for other in others))
+    is_over.append(True)
+    n_others = sum(one.result() for one in running)
+    gaps = [b - a for a, b in zip(times, times[1:])]
+    return max(gaps, default=LIMIT), len(times), times[-1] - times[0], n_others
+
+
+def one_token_again_and_again(port, model):
+    def ask_them(is_over):
+        n = 0
+        while not is_over:
+            stream(port, model, f'Say {n}.', 1)
+            n += 1
+        return n
+    return ask_them
+
+
+def long_prompt(port, model, number):
+    def ask_it(is_over):
+        stream(port, model, f'{number} {LONG}', 8)
+        return 1
+    return ask_it
+
+
+def many_clients(port, model, rows, clients=32, n=32):
+    """Each client streams two answers -> (tokens/s of all, 95th percentile of the seconds to the first token)."""
+    def client(i):
+        return [stream(port, model, rows[(2 * i + k) % len(rows)]['instruction'], n) for k in range(2)]
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        found = [answer for answers in pool.map(client, range(clients)) for answer in answers]
+    seconds = time.perf_counter() - began
+    first = sorted(times[0] - asked for asked, times in found if times)
+    return 2 * clients * n / seconds, first[int(0.95 * len(first))], sum(len(times) for _, times in found)
+
+
+def measure_sharing(port, model, rows):
+    """What bench_sharing shows of one server."""
+    stream(port, model, 'Hello.', 4)  # warm
+    alone = gap_beside(port, model, [])
+    ones = gap_beside(port, model, [one_token_again_and_again(port, model)] * 3)
+    longs = gap_beside(port, model, [long_prompt(port, model, i) for i in range(30)])
+    speed, first, _ = many_clients(port, model, rows)
+    return {'alone, s': alone[0], '(a) gap, s': ones[0], '(a) stream, s': ones[2], '(a) answered': ones[3], '(b) gap, s': longs[0],
+            '(b) stream, s': longs[2], '32 clients, tokens/s': speed, 'p95 to the first token, s': first}
+
+
+def bench_sharing(folder, rows, others=()):
+    """others: (name, command, model) of further servers. Each runs alone, with two threads; the weights are the same."""
+    python = os.environ.get('PEER_PYTHON', sys.executable)
+    huggingface, gguf = Path(folder, 'export/huggingface'), next(Path(folder, 'export/gguf').glob('*-F32.gguf'), None)
+    servers = [('serve.py', [sys.executable, 'serve.py', f'--out_dir={folder}', '--before=False', '--filters=', '--max_new_tokens=100'], ''), *others,
+               ('transformers serve', [python, '-c', TRANSFORMERS, str(huggingface)], str(huggingface)),
+               ("llama.cpp's server", [python, '-c', LLAMA, str(gguf)], 'any')]
+    lines = []
+    for name, command, model in servers:
         try:
-            with server(folder, __file__, 'peer', memory, model) as (_, peer_port, _):
-                cases = {'': partial(load, port, rows * 4, 32), 'peer': partial(load, peer_port, rows * 4, 32, model)}
-                found = speeds(cases, turns)
-        except (RuntimeError, OSError) as error:  # it does not run here
-            lines.append((memory, '', '', '', error, ''))
+            with server(folder, *command, python='', env=THREADS) as (_, port, _):
+                found = measure_sharing(port, model, rows)
+        except (RuntimeError, OSError, IndexError) as error:  # it does not run here
+            lines.append((name, f'{type(error).__name__} {error}'[:200]))
             continue
-        (speed, expected), (peers, answers) = found.values()
-        equal = sum(a == serve.mask(b.strip()) for (_, a), (_, b) in zip(expected, answers))
-        lines.append((memory, f'{peers:.1f}', f'{speed:.1f}', f'{speed / peers:.2f}', f'{equal} of {len(answers)}', '>= 2'))
-    table('32 clients at once, beside transformers serve --continuous-batching',
-          ('its freed memory', 'tokens/s', 'of serve.py', 'x', 'equal answers', 'bar'), lines)
+        lines.append((name, *(f'{value:.2f}' for value in found.values())))
+        print(lines[-1], flush=True)
+    table('one stream of 100 tokens beside (a) three clients that ask for one token again and again, (b) 30 prompts of 900 tokens; '
+          '32 clients that stream two answers of 32 tokens', ('server', *found), lines)
 
-def run_peer(memory, folder, port):
-    from transformers.cli.transformers import app
-    if memory == 'kept':
-        keep_freed_memory()
-    sys.argv = ['transformers', 'serve', folder, '--continuous-batching', '--device=cpu', port]
-    app()
 
 # --- soak
 
@@ -310,7 +385,8 @@ def bench_serve(size, rows, turns, quick):
         with ours(folder) as (_, port, _):
             bench_clients(port, some, turns)
             bench_overhead(folder, port, some[:16], turns)
-            bench_peers(folder, port, some, turns)
+        subprocess.run([sys.executable, 'export.py', f'--out_dir={folder}', '--to=huggingface,gguf'], check=True, cwd=ROOT, stdout=subprocess.PIPE)
+        bench_sharing(folder, rows)
         write_run(Path(soak_folder), (2, 2, 64))
         if bench_soak(soak_folder, rows, 200 if quick else 2000):
             sys.exit('the soak found faults')
@@ -318,9 +394,9 @@ def bench_serve(size, rows, turns, quick):
 # --- filters
 
 def bench_filters():
-    from scipy.stats import binomtest
-
     import serve
+
+    from scipy.stats import binomtest
     serve.chain = ['pii', 'profanity']
     kinds = [kind for kind, *_ in serve.PATTERNS['pii']]
 
@@ -339,5 +415,15 @@ def bench_filters():
         rows.append((name, sum(positive), share(hits, sum(found)), share(hits, sum(positive))))
     table(f'filters: {len(cases)} labelled texts, with 95 % intervals', ('filter', 'positives', 'precision', 'recall'), rows)
 
+def bench_sharing_alone(folder=''):
+    """sharing by itself, of the run in folder and its export, or of a new one of GPT-2 Small's shape."""
+    rows = [{'instruction': f'Describe the number {i} in words, please.'} for i in range(64)]
+    with tempfile.TemporaryDirectory() as new:
+        if not folder:
+            write_run(Path(new), SHAPES['small'])
+            subprocess.run([sys.executable, 'export.py', f'--out_dir={new}', '--to=huggingface,gguf'], check=True, cwd=ROOT)
+        bench_sharing(folder or new, rows)
+
+
 if __name__ == '__main__':
-    {'alone': answer_alone, 'peer': run_peer}[sys.argv[1]](*sys.argv[2:])
+    {'alone': answer_alone, 'sharing': bench_sharing_alone}[sys.argv[1]](*sys.argv[2:])

@@ -4,15 +4,15 @@ import re
 import shutil
 from dataclasses import asdict
 
+from model import GPT, GPTConfig
+from prepare import get_tokenizer
+
 import pytest
 import requests
 import torch
 from conftest import stage
 from playwright.sync_api import expect, sync_playwright
 from test_serve import serving
-
-from model import GPT, GPTConfig
-from prepare import get_tokenizer
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no chromium')

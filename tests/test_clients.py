@@ -12,12 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from prepare import get_tokenizer
+
 import pytest
 import requests
 import torch
 from test_serve import QUESTIONS, expected, random_model, run_folder, server, url  # noqa: F401
-
-from prepare import get_tokenizer
 
 os.environ |= {'LITELLM_LOCAL_MODEL_COST_MAP': 'True', 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1', 'DO_NOT_TRACK': '1'}
 MODEL = 'tiny-sft'

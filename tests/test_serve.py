@@ -13,18 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import serve
+from model import GPT, GPTConfig
+from prepare import encode_prompt, get_tokenizer
+from sample import response_text
+
 import ollama
 import openai
 import pytest
 import requests
 import torch
 from conftest import ROOT, Started, stage
-from fake_judge import FakeJudge
-
-import serve
-from model import GPT, GPTConfig
-from prepare import encode_prompt, get_tokenizer
-from sample import response_text
 
 SHAPE = dict(block_size=1024, n_layer=2, n_head=2, n_embd=64)
 SCRIPT = ['\n', '{"', 'score', '":', ' 7', '}', '<|endoftext|>']  # what one of the models always says
