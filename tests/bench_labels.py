@@ -1,7 +1,7 @@
 """
-What labels by self-consistency are worth, on the demo's families: do answers that agree tend to be right, and what does training on
-them bring. For each seed: a model trained on few labels gives labels to the other rows; then one is trained on few labels and these,
-and one on all labels, for as many steps.
+What labels by self-consistency are worth, on the demo's families: do answers that agree tend to be right, and what does training
+on them bring. For each seed: a model trained on few labels gives labels to the other rows; then one is trained on few labels and
+these, and one on all labels, for as many steps.
 
     python data/make_demo.py                # writes the rows
     python tests/bench_labels.py            # seeds 123, 1 and 2: half an hour on two cores
@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-N_ROWS, FEW, SAMPLES = 10_500, 0.25, 8  # training rows; the share of them that has labels; answers to each of the others
+FEW = 0.25  # the share of the training rows that has labels
+SAMPLES = 8  # answers to each of the others
 
 
 def stage(folder, name, *flags):
@@ -27,54 +28,54 @@ def stage(folder, name, *flags):
     return process.stdout
 
 
-def tune(folder, name, sources, shares, seed, steps):
-    """Prepare, train, sample and score -> the exact match of the test rows, and its difference to the run few's."""
-    stage(folder, 'prepare.py', f'--source={",".join(sources)}', f'--dataset={name}', '--split_seed=-1',
-          f'--train_share={shares[0]}', f'--test_share={shares[1]}')
+def tune(folder, name, rows, seed, steps):
+    """Prepare, train, sample and score: the exact match of the test rows, and its difference to the run few's."""
+    (folder / f'{name}.json').write_text(json.dumps(rows))
+    own = f'--source={name}.json', '--val_source=val.json', '--test_source=test.json', '--split_seed=123'
+    stage(folder, 'prepare.py', *own, f'--dataset={name}')
     flags = f'--dataset={name}', f'--out_dir={name}'
-    stage(folder, 'train.py', *flags, f'--seed={seed}', f'--max_steps={steps}', '--eval_interval=100000', '--sample_every_epoch=False')
+    stage(folder, 'train.py', *flags, f'--init_from={ROOT / "data/demo_start.pth"}', f'--seed={seed}', f'--max_steps={steps}',
+          '--eval_interval=100000', '--sample_every_epoch=False')
     stage(folder, 'sample.py', *flags, '--before=False')
-    few = [] if name == 'few' else ['--baseline=few/instruction-data-with-response.json']
-    stage(folder, 'judge.py', f'--out_dir={name}', *few)
+    baseline = 'none' if name == 'few' else 'few/instruction-data-with-response.json'
+    stage(folder, 'judge.py', f'--out_dir={name}', f'--baseline={baseline}')
     return json.loads((folder / name / 'scores.json').read_text())['metrics']['all']['exact match %']
 
 
 def text(interval):
+    if interval['low'] is None:
+        return f'{interval["value"]:.1f}'
     return f'{interval["value"]:.1f} [{interval["low"]:.1f}, {interval["high"]:.1f}]'
 
 
-def experiment(folder, seed, steps):
-    # the demo's own split; its training rows are those that are not held out
+def read_demo_rows(folder, seed, n_rows):
+    """The demo's rows for training, so many of them, shuffled; its test and val rows are written to files of their own."""
     stage(folder, 'prepare.py', f'--source={ROOT / "data/demo.json"}')
-    held = {split: json.loads((folder / f'data/demo/{split}.json').read_text())['rows'] for split in ('test', 'val')}
-    rows = json.loads((ROOT / 'data/demo.json').read_text())
-    train = [row for row in rows if row not in held['test'] and row not in held['val']]
-    random.Random(seed).shuffle(train)
-    del train[N_ROWS:]
-    n_few = int(FEW * len(train))
-    n_test, held = len(held['test']), held['test'] + held['val']
+    held_out = []
+    for split in 'test', 'val':
+        rows = json.loads((folder / f'data/demo/{split}.json').read_text())['rows']
+        (folder / f'{split}.json').write_text(json.dumps(rows[:n_rows]))
+        held_out += rows
+    held_out = {json.dumps(row, sort_keys=True) for row in held_out}
+    rows = [row for row in json.loads((ROOT / 'data/demo.json').read_text()) if json.dumps(row, sort_keys=True) not in held_out]
+    random.Random(seed).shuffle(rows)
+    return rows[:n_rows]
 
-    def run(name, *parts):
-        """A run on these rows: the split cuts the files in their own order, so that test and val are the demo's."""
-        files = [*parts, held]
-        sources = [f'{name}-{i}.json' for i in range(len(files))]
-        for source, its_rows in zip(sources, files):
-            (folder / source).write_text(json.dumps(its_rows))
-        n = sum(map(len, files))
-        shares = (n - len(held) + .5) / n, (n_test + .5) / n
-        return tune(folder, name, sources, shares, seed, steps)
 
-    scores = {'few': run('few', train[:n_few])}
-    (folder / 'unlabelled.json').write_text(json.dumps(train[n_few:]))
+def experiment(folder, seed, n_rows, steps):
+    rows = read_demo_rows(folder, seed, n_rows)
+    n_few = int(FEW * len(rows))
+    scores = {'few': tune(folder, 'few', rows[:n_few], seed, steps)}
+    (folder / 'unlabelled.json').write_text(json.dumps(rows[n_few:]))
     began = time.perf_counter()
-    stage(folder, 'sample.py', '--out_dir=few', f'--self_consistency={SAMPLES}', '--prompts=unlabelled.json', f'--seed={seed}')
+    stage(folder, 'label.py', '--out_dir=few', '--label_rows=unlabelled.json', f'--self_consistency={SAMPLES}', f'--seed={seed}')
     seconds = time.perf_counter() - began
     labelled = json.loads((folder / 'few/pseudo-labels.json').read_text())
-    right = sum(row['output'] == row['reference'] for row in labelled)
-    scores['few and pseudo-labels'] = run('pseudo', train[:n_few], labelled)
-    scores['all'] = run('all', train)
-    print(f'\nseed {seed}: {n_few} labelled rows, {len(train) - n_few} others, {len(labelled)} of them got a label by {SAMPLES} answers '
-          f'({seconds:.0f} s), {100 * right / len(labelled):.1f} % of these labels are right')
+    n_right = sum(row['output'] == row['reference'] for row in labelled)
+    scores['few and pseudo-labels'] = tune(folder, 'pseudo', rows[:n_few] + labelled, seed, steps)
+    scores['all'] = tune(folder, 'all', rows, seed, steps)
+    print(f'\nseed {seed}: {n_few} labelled rows, {len(rows) - n_few} others, {len(labelled)} of them got a label by {SAMPLES} answers '
+          f'({seconds:.0f} s), {100 * n_right / max(1, len(labelled)):.1f} % of these labels are right')
     print('agreement      rows  right %')
     for line in json.loads((folder / 'few/pseudo-labels.about.json').read_text())['reliability']:
         share = {key: 100 * value for key, value in line['right'].items()}
@@ -87,8 +88,9 @@ def experiment(folder, seed, steps):
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('seeds', type=int, nargs='*', default=[123, 1, 2])
+    parser.add_argument('--rows', type=int, default=10_500, help='for training, labelled and not')
     parser.add_argument('--steps', type=int, default=1800, help='of each training')
     args = parser.parse_args()
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            experiment(Path(folder), seed, args.steps)
+            experiment(Path(folder), seed, args.rows, args.steps)

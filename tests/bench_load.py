@@ -1,7 +1,7 @@
 """
-Loading GPT-2 Medium: time against reading and hashing its file, and peak memory against its size.
+Loading a model: time against reading and hashing its file, and peak memory against its size.
 
-    python tests/bench_load.py
+    python tests/bench_load.py            # Medium's shape, or another as an argument
 """
 import contextlib
 import json
@@ -9,42 +9,43 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-BYTES = 1_419_292_672  # of OpenAI's gpt2-medium: 354,823,168 float32
+
+def peak():
+    """Bytes: the most memory that this process has had, mapped files included."""
+    return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
 
 
-def best(measure, times=3):
-    """-> the least seconds of some runs: what the machine takes when nothing else runs."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        measure()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def bench_load():
-    """-> {figure: value} of from_pretrained on a checkpoint in OpenAI's form and gpt2-medium's shape, in the page cache."""
-    import google_crc32c
+def write_checkpoint(folder, size):
+    """A checkpoint in OpenAI's form, in one of bench's SHAPES, of random weights: its file of numbers."""
     import numpy as np
+    from bench import SHAPES
     from test_load import openai_tensors, write_bundle
+    n_layer, n_head, n_embd = SHAPES[size]
+    shape = {'n_vocab': 50257, 'n_ctx': 1024, 'n_embd': n_embd, 'n_head': n_head, 'n_layer': n_layer}
+    (folder / 'hparams.json').write_text(json.dumps(shape))
+    write_bundle(folder / 'model.ckpt', openai_tensors(shape, np.random.default_rng(0)))
+    return folder / 'model.ckpt.data-00000-of-00001'
 
+
+def bench_load(size):
+    """{figure: value} of from_pretrained, with the file in the page cache; the least of three runs, which is what nothing else disturbed."""
     from model import GPT
+
+    import google_crc32c
+    from bench import seconds_of
+
+    def best(function):
+        return min(seconds_of(function) for _ in range(3))
+
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        shape = {'n_vocab': 50257, 'n_ctx': 1024, 'n_embd': 1024, 'n_head': 16, 'n_layer': 24}
-        (folder / 'hparams.json').write_text(json.dumps(shape))
-        write_bundle(folder / 'model.ckpt', openai_tensors(shape, np.random.default_rng(0)))
-        data = folder / 'model.ckpt.data-00000-of-00001'
-        assert data.stat().st_size == BYTES
-
-        def whole():
-            google_crc32c.value(data.read_bytes())
+        data = write_checkpoint(folder, size)
+        n_bytes = data.stat().st_size
 
         def in_pieces():
             crc = 0
@@ -52,20 +53,16 @@ def bench_load():
                 while piece := file.read(1 << 20):
                     crc = google_crc32c.extend(crc, piece)
 
-        figures = {'read and hashed whole, s': best(whole), 'read and hashed in pieces of 1 MiB, s': best(in_pieces)}
+        figures = {'read and hashed whole, s': best(lambda: google_crc32c.value(data.read_bytes())),
+                   'read and hashed in pieces of 1 MiB, s': best(in_pieces)}
         with contextlib.redirect_stdout(None):
             figures['from_pretrained, s'] = best(lambda: GPT.from_pretrained(folder))
         # memory in a process of its own, whose peak before loading is that of the imports
         process = subprocess.run([sys.executable, __file__, 'peak', folder], capture_output=True, text=True, check=True)
         before, after = map(int, process.stdout.split()[-2:])
-        figures['peak over the imports / the model'] = (after - before) / BYTES
-        figures['time / read and hashed whole'] = figures['from_pretrained, s'] / figures['read and hashed whole, s']
+    figures['peak over the imports / the model'] = (after - before) / n_bytes
+    figures['time / read and hashed whole'] = figures['from_pretrained, s'] / figures['read and hashed whole, s']
     return figures
-
-
-def peak():
-    """-> bytes: the most memory that this process has had, mapped files included."""
-    return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
 
 
 if __name__ == '__main__' and sys.argv[1:2] == ['peak']:
@@ -74,5 +71,7 @@ if __name__ == '__main__' and sys.argv[1:2] == ['peak']:
     GPT.from_pretrained(sys.argv[2])
     print(before, peak())
 elif __name__ == '__main__':
-    for name, value in bench_load().items():
-        print(f'{name:44}{value:8.2f}')
+    for size in sys.argv[1:] or ['medium']:
+        print(f'\n### loading {size}\n')
+        for name, value in bench_load(size).items():
+            print(f'{name:44}{value:8.2f}')

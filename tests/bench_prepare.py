@@ -18,23 +18,26 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 from bench_load import peak  # noqa: E402
 
-TRAIN = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=256', '--max_steps=3', '--eval_interval=100',
-         '--sample_every_epoch=False')
+TRAIN = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=256', '--learning_rate=1e-3', '--max_steps=3',
+         '--eval_interval=100', '--sample_every_epoch=False')
 
 
 def write_rows(path, n):
     """JSONL of rows of about 150 bytes: words of the demo's rows in any order, and a number, which makes each one different."""
-    rows = json.loads((ROOT / 'data/demo.json').read_text())
-    words, draw = sorted({word for row in rows for word in f'{row["instruction"]} {row["output"]}'.split()}), random.Random(0)
+    words = set()
+    for row in json.loads((ROOT / 'data/demo.json').read_text()):
+        words |= {*row['instruction'].split(), *row['output'].split()}
+    words = sorted(words)
+    draw = random.Random(0)
     with open(path, 'w') as file:
         for i in range(n):
             drawn = draw.choices(words, k=17)
-            file.write(json.dumps({'instruction': ' '.join(drawn[:8]) + f' {i}.', 'input': '' if i % 3 else ' '.join(drawn[8:11]),
-                                   'output': ' '.join(drawn[11:])}) + '\n')
+            row = {'instruction': ' '.join(drawn[:8]) + f' {i}.', 'input': '' if i % 3 else ' '.join(drawn[8:11]), 'output': ' '.join(drawn[11:])}
+            file.write(json.dumps(row) + '\n')
 
 
 def run_stage(folder, name, *flags):
-    """-> (seconds, peak bytes of its process)."""
+    """(seconds, peak bytes of its process)."""
     began = time.perf_counter()
     process = subprocess.run([sys.executable, __file__, 'stage', ROOT / name, *flags], cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
@@ -42,9 +45,10 @@ def run_stage(folder, name, *flags):
 
 
 def tiktoken_seconds(path):
-    """-> {way: seconds} in which tiktoken alone encodes prompts and answers: its batch on all cores, and one by one in one thread."""
+    """{way: seconds} in which tiktoken alone encodes prompts and answers: its batch on all cores, and one by one in one thread."""
     from prepare import format_prompt, get_tokenizer
-    tokenizer, seconds = get_tokenizer(), {'encode_ordinary_batch': 0.0, 'encode_ordinary, a thread': 0.0}
+    tokenizer = get_tokenizer()
+    seconds = {'encode_ordinary_batch': 0.0, 'encode_ordinary, a thread': 0.0}
 
     def measure(texts):
         began = time.perf_counter()
@@ -52,13 +56,16 @@ def tiktoken_seconds(path):
         between = time.perf_counter()
         for text in texts:
             tokenizer.encode_ordinary(text)
-        for way, passed in zip(seconds, (between - began, time.perf_counter() - between)):
-            seconds[way] += passed
+        ended = time.perf_counter()
+        seconds['encode_ordinary_batch'] += between - began
+        seconds['encode_ordinary, a thread'] += ended - between
 
     with open(path) as file:
         while lines := list(itertools.islice(file, 100_000)):
-            rows = map(json.loads, lines)
-            measure([text for row in rows for text in (format_prompt(row), row['output'])])
+            texts = []
+            for row in map(json.loads, lines):
+                texts += [format_prompt(row), row['output']]
+            measure(texts)
     return seconds
 
 
