@@ -96,9 +96,10 @@ LOOPBACK = '127.0.0.1', 'localhost', '[::1]'
 # filters: each finds by evidence, check digits, lengths or a word that stands near, not by looks alone
 
 SPACE = '[ \u00a0\u202f]'  # two of them do not break a line
-EMAIL = re.compile(r'[^\s@"\'()<>,;:]{1,64}@[^\s@"\'()<>,;:/]{1,63}\.[^\W\d_]{2,24}\b')
+EMAIL = re.compile(r'''[^\s@"'()<>,;:\[\]]{1,64}(?:@|[\[(]at[\])])[^\s@"'()<>,;:/\[\]]{1,63}'''
+                   r'(?:\.|[\[(]dot[\])])[^\W\d_]{2,24}\b')
 IBAN = re.compile(rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|-)?[A-Za-z0-9]){{11,30}}')
-CARD = re.compile(rf'(?<!\w)(?<![0-9][.,])[0-9](?:(?:{SPACE}|[.-])?[0-9]){{12,22}}')
+CARD = re.compile(rf'(?<!\w)(?<![0-9][.,])[0-9]{{4}}(?:(?:{SPACE}|[.-])?[0-9]){{9,18}}')
 BRAND = re.compile('4.{12}|4.{15}|3[47].{13}|3[0689].{12}|(?:2[2-7]|35|5.|6.).{14}')  # without rare lengths
 # numbers that a clear form tells: +49 30 1234567, (555) 123-4567, 020 7946 0123, 555-123-4567
 PHONE = re.compile(rf'''(?<![\w.(+/-])(?:
@@ -112,13 +113,13 @@ PHONE = re.compile(rf'''(?<![\w.(+/-])(?:
 BARE_PHONE = re.compile(rf'(?<![\w.(+/-])\(?[0-9](?:(?:{SPACE}|[./-])?[()]?[0-9]){{6,13}}(?![\w]|[./-][0-9])')
 PHONE_WORD = re.compile(
     r'(?:\b(?:call|dial|ring|phone|telephone|tel|mobile|landline|fax|sms|whatsapp|(?:text|reach) (?:me|us|him|her)'
-    r'|hotline|helpline|voicemail|my (?:number|cell)|telefon|handy|rufnummer|ruf|anruf|téléphone|mon portable|appel'
-    r'|joindre|teléfono|móvil|llam)\w*|☎)[^!?\n]{0,30}$', re.IGNORECASE)
+    r'|hotline|helpline|voicemail|my (?:number|cell)|pick up|telefon|handy|rufnummer|ruf|anruf|téléphone'
+    r'|mon portable|appel|joindre|teléfono|móvil|llam|llám)\w*|☎)[^!?\n]{0,30}$', re.IGNORECASE)
 NO_PHONE = re.compile(  # dates, times, ranges of years or of round numbers
     r'(?<![0-9.])[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{4}|[0-9]{2})(?!\1?[0-9])|[0-9]{4}([./-])[0-9]{2}\2[0-9]{2}'
     r'|[0-9]{1,2}\.[0-9]{2}-[0-9]{1,2}\.[0-9]{2}|\b(?:19|20)[0-9]{2}[/-](?:19|20)[0-9]{2}\b|\b[1-9][0-9]*0-[1-9][0-9]*00\b')
 THOUSANDS = re.compile(r'\+?[0-9]{1,3}(?:[ .\u00a0\u202f][0-9]{3})+')
-WORD = re.compile(r'(?<!\w)\w(?:[\w@$!]*\w)?')
+WORD = re.compile(r'(?<!\w)\w(?:[\w@$!]{0,40}\w)?')
 LEET = str.maketrans('01345@$!', 'oieasasi')
 MEASURE = re.compile('[0-9]+[a-z]{1,2}')  # 45s is a time
 RUDE = {line.strip() for line in Path(__file__).with_name('data').joinpath('rude_words.txt').open(encoding='utf-8')
@@ -136,7 +137,7 @@ def iban_size(match):
     """How many characters of a match are an IBAN: words may follow it. 0: none."""
     for size in cuts(match):
         number = re.sub('[^A-Za-z0-9]', '', match[0][:size]).upper()
-        if iban.is_valid(number, check_country=False):
+        if len(number) >= 15 and iban.is_valid(number, check_country=False):
             return size
     return 0
 
@@ -154,7 +155,11 @@ def card_size(match):
 
 def phone_size(match):
     n_digits = sum(map(str.isdigit, match[0]))
-    fewest = 9 if match[0][0] in '+0' or match[0].isdigit() or THOUSANDS.fullmatch(match[0]) else 7
+    fewest = 7
+    if match[0].startswith('0'):
+        fewest = 12 if match[0].startswith('00') else 10
+    elif match[0].startswith('+') or match[0].isdigit() or THOUSANDS.fullmatch(match[0]):
+        fewest = 9
     is_phone = fewest <= n_digits <= 15 and not NO_PHONE.search(match[0])
     return len(match[0]) if is_phone else 0
 

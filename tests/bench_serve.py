@@ -69,8 +69,8 @@ def server(folder, *command, python=sys.executable, env=None):
     try:
         while process.poll() is None:
             with contextlib.suppress(OSError):
-                ask(port, '/health')
-                break
+                if ask(port, '/health')[0] == 200:
+                    break
             time.sleep(0.2)
         else:
             raise RuntimeError(log.read_text().strip().split('\n')[-1])
@@ -160,7 +160,7 @@ LONG = 'word ' * 850  # with the template about 900 tokens
 
 
 def stream(port, model, text, n, on_first=None):
-    """Ask for a stream -> (when it was asked for, when each piece of text came)."""
+    """Ask for a stream -> (when it was asked for, when each piece of text came, when it ended)."""
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=LIMIT)
     began = time.perf_counter()
     body = {'model': model, 'messages': [{'role': 'user', 'content': text}], 'max_tokens': n, 'stream': True}
@@ -173,10 +173,10 @@ def stream(port, model, text, n, on_first=None):
             if on_first and len(times) == 1:
                 on_first()
     connection.close()
-    return began, times
+    return began, times, time.perf_counter()
 
 
-GREEDY = {'temperature': 0, 'top_k': 1}
+GREEDY = {'temperature': 0}
 # the servers beside ours, as Python of a process that has their packages: arguments are the model and --port=
 TRANSFORMERS = """
 import sys
@@ -199,11 +199,12 @@ time.sleep(10 ** 6)
 def gap_beside(port, model, others):
     """The longest gap in seconds of a stream of 100 tokens beside `others`, functions(is_over) that run from its first token on."""
     is_over, pool, running = [], ThreadPoolExecutor(64), []
-    began, times = stream(port, model, 'Tell me all about the sea.', 100, lambda: running.extend(pool.submit(other, is_over) for other in others))
+    on_first = lambda: running.extend(pool.submit(other, is_over) for other in others)  # noqa: E731
+    began, times, end = stream(port, model, 'Tell me all about the sea.', 100, on_first)
     is_over.append(True)
     n_others = sum(one.result() for one in running)
-    gaps = [b - a for a, b in zip(times, times[1:])]
-    return max(gaps, default=LIMIT), len(times), times[-1] - times[0], n_others
+    gaps = [b - a for a, b in zip(times, [*times[1:], end])]
+    return max(gaps), len(times), end - times[0], n_others
 
 
 def one_token_again_and_again(port, model):
@@ -232,8 +233,8 @@ def many_clients(port, model, rows, clients=32, n=32):
     with ThreadPoolExecutor(clients) as pool:
         found = [answer for answers in pool.map(client, range(clients)) for answer in answers]
     seconds = time.perf_counter() - began
-    first = sorted(times[0] - asked for asked, times in found if times)
-    return 2 * clients * n / seconds, first[int(0.95 * len(first))], sum(len(times) for _, times in found)
+    first = sorted(times[0] - asked for asked, times, _ in found)
+    return 2 * clients * n / seconds, first[int(0.95 * len(first))]
 
 
 def measure_sharing(port, model, rows):
@@ -242,7 +243,7 @@ def measure_sharing(port, model, rows):
     alone = gap_beside(port, model, [])
     ones = gap_beside(port, model, [one_token_again_and_again(port, model)] * 3)
     longs = gap_beside(port, model, [long_prompt(port, model, i) for i in range(30)])
-    speed, first, _ = many_clients(port, model, rows)
+    speed, first = many_clients(port, model, rows)
     return {'alone, s': alone[0], '(a) gap, s': ones[0], '(a) stream, s': ones[2], '(a) answered': ones[3], '(b) gap, s': longs[0],
             '(b) stream, s': longs[2], '32 clients, tokens/s': speed, 'p95 to the first token, s': first}
 
@@ -251,7 +252,8 @@ def bench_sharing(folder, rows, others=()):
     """others: (name, command, model) of further servers. Each runs alone, with two threads; the weights are the same."""
     python = os.environ.get('PEER_PYTHON', sys.executable)
     huggingface, gguf = Path(folder, 'export/huggingface'), next(Path(folder, 'export/gguf').glob('*-F32.gguf'), None)
-    servers = [('serve.py', [sys.executable, 'serve.py', f'--out_dir={folder}', '--before=False', '--filters=', '--max_new_tokens=100'], ''), *others,
+    servers = [('serve.py', [sys.executable, 'serve.py', f'--out_dir={folder}', '--before=False', '--filters=', '--max_new_tokens=100',
+                 f'--request_timeout={LIMIT}.0'], ''), *others,
                ('transformers serve', [python, '-c', TRANSFORMERS, str(huggingface)], str(huggingface)),
                ("llama.cpp's server", [python, '-c', LLAMA, str(gguf)], 'any')]
     lines = []
@@ -394,26 +396,35 @@ def bench_serve(size, rows, turns, quick):
 # --- filters
 
 def bench_filters():
+    """Precision and recall on the labelled texts: on those by which the filters were tuned, on those that were held back, and on all."""
     import serve
-
-    from scipy.stats import binomtest
     serve.chain = ['pii', 'profanity']
-    kinds = [kind for kind, *_ in serve.PATTERNS['pii']]
-
-    def share(hits, count):
-        low, high = binomtest(hits, count).proportion_ci(method='wilson') if count else (0, 1)
-        return f'{hits} of {count}, {100 * hits / max(1, count):.1f} % [{100 * low:.1f}, {100 * high:.1f}]'
-
     lines = (ROOT / 'data' / 'filter_cases.jsonl').read_text(encoding='utf-8').splitlines()
-    cases, rows = [json.loads(line) for line in lines], []
-    labels = [{*case['pii'], *['offensive'] * case['offensive']} for case in cases]
-    masked = [serve.mask(case['text']) for case in cases]
-    for name, wanted in [*((kind, [kind]) for kind in kinds), ('any personal data', kinds), ('offensive', ['offensive'])]:
-        positive = [any(kind.lower() in label for kind in wanted) for label in labels]
-        found = [any(f'[{kind}]' in text for kind in wanted) for text in masked]
-        hits = sum(a and b for a, b in zip(positive, found))
-        rows.append((name, sum(positive), share(hits, sum(found)), share(hits, sum(positive))))
-    table(f'filters: {len(cases)} labelled texts, with 95 % intervals', ('filter', 'positives', 'precision', 'recall'), rows)
+    cases = [json.loads(line) for line in lines]
+    rows = []
+    for split in 'tune', 'test', 'all':
+        found = []
+        for case in cases:
+            if split in (case['split'], 'all'):
+                kinds = set()
+                serve.mask(case['text'], kinds)
+                found.append(({*case['pii'], *['offensive'] * case['offensive']}, {kind.lower() for kind in kinds}))
+        for name, wanted in [*((kind, {kind}) for kind in PII), ('any personal data', PII), ('offensive', {'offensive'})]:
+            hits = sum(bool(label & wanted and kinds & wanted) for label, kinds in found)
+            n_found = sum(bool(kinds & wanted) for _, kinds in found)
+            n_there = sum(bool(label & wanted) for label, _ in found)
+            rows.append((split, name, n_there, share(hits, n_found), share(hits, n_there)))
+    table(f'filters: {len(cases)} labelled texts, with 95 % intervals', ('texts', 'filter', 'positives', 'precision', 'recall'), rows)
+
+
+PII = {'email': 0, 'iban': 0, 'card': 0, 'phone': 0}.keys()
+
+
+def share(hits, count):
+    from scipy.stats import binomtest
+    low, high = binomtest(hits, count).proportion_ci(method='wilson') if count else (0, 1)
+    return f'{hits} of {count}, {100 * hits / max(1, count):.1f} % [{100 * low:.1f}, {100 * high:.1f}]'
+
 
 def bench_sharing_alone(folder=''):
     """sharing by itself, of the run in folder and its export, or of a new one of GPT-2 Small's shape."""
@@ -426,4 +437,4 @@ def bench_sharing_alone(folder=''):
 
 
 if __name__ == '__main__':
-    {'alone': answer_alone, 'sharing': bench_sharing_alone}[sys.argv[1]](*sys.argv[2:])
+    {'alone': answer_alone, 'sharing': bench_sharing_alone, 'filters': bench_filters}[sys.argv[1]](*sys.argv[2:])

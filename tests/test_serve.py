@@ -464,11 +464,11 @@ def test_what_the_filters_mask(monkeypatch, text, masked):
 
 def test_a_long_hostile_text_is_filtered_in_time():
     for text in ('a' * 16_000, '1 ' * 8_000, 'a@' * 8_000, '0' * 16_000, 'A1' * 8_000, '+1 (' * 4_000, ('+' + '1' * 38 + 'x ') * 400, 'ab12 ' * 3_200,
-                 '4111 ' * 3_200, 'call ' * 3_200, '01 ' * 5_000):
-        began = time.perf_counter()
+                 '4111 ' * 3_200, 'call ' * 3_200, '01 ' * 5_000, 'a[at]' * 3_200):
+        began = time.process_time()
         serve.mask(text)
         serve.final_size(text)
-        assert time.perf_counter() - began < 1, text[:9]  # it blocks the server meanwhile
+        assert time.process_time() - began < 1, text[:9]  # it blocks the server meanwhile
 
 
 def test_alternatives_that_a_filter_masks_are_left_out(monkeypatch):
