@@ -36,7 +36,7 @@ ROWS = [
 # the smallest model that is still a GPT-2; eval_interval keeps logs short
 TINY = ('--init_from=scratch', '--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=128', '--learning_rate=1e-3',
         '--sample_every_epoch=False', '--eval_interval=1000')
-STAGES = {path.name for path in ROOT.glob('*.py')} | {'host_tensors.py'}
+STAGES = {path.name for path in ROOT.glob('*.py')} | {'host_tensors.py', 'gpu.py'}
 TIME_LIMIT = 300  # seconds for a stage, far more than any of them takes on a machine that does nothing else
 TORCHRUN = '-m', 'torch.distributed.run', '--nproc_per_node=2'  # before a stage
 NO_PICTURE = "import sys; sys.modules['matplotlib.figure'] = None"  # for stage's `first`: drawing takes half of a tiny run's time
