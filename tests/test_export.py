@@ -11,19 +11,23 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import export
+from config import UserError
+from engine import generate
+from lora import add_lora, load_adapter
+from model import GPT, GPTConfig, fingerprint, read_safetensors, transpose_conv1d
+from prepare import EOS, VOCAB_SIZE, encode_prompt, format_prompt, get_tokenizer, read_split, to_row
+from sample import reference_losses
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, ROWS, TINY, stage
 from filelock import FileLock
 
-from export import CHAT_TEMPLATE, fast_tokenizer, open_exported
-from lora import add_lora, load_adapter
-from model import GPT, GPTConfig, read_safetensors, transpose_conv1d
-from prepare import EOS, encode_prompt, format_prompt, get_tokenizer
-
-DEMO = json.loads((ROOT / 'data/demo.json').read_text())[:5000] + json.loads((ROOT / 'data/demo_heldback.json').read_text())
+DEMO = json.loads((ROOT / 'data/demo.json').read_text())[:5000:3] + json.loads((ROOT / 'data/demo_heldback.json').read_text())
 IDS = [10, 2000, 30000, 7, EOS, 50, 50255, 0, 198, 628]
+FLAGS = ['--dataset=tiny', '--max_new_tokens=8']
 
 
 def needs(*modules):
@@ -42,7 +46,8 @@ def random_texts(count=500):
         text = ''
         for _ in range(rng.randint(1, 8)):
             low, high = rng.choice(ranges)
-            text += ''.join(chr(rng.randrange(low, high)) for _ in range(rng.randint(1, 6))) + rng.choice(['', ' ', '  ', "'s ", '\n\n'])
+            text += ''.join(chr(rng.randrange(low, high)) for _ in range(rng.randint(1, 6)))
+            text += rng.choice(['', ' ', '  ', "'s ", '\n\n'])
         texts.append(text)
     return texts + ['', ' ', '👩‍👩‍👧‍👦 family', "don't I'LL we've", 'a\r\nb', '１２３ ٣٤ 2²', 'x<|endoftext|>y', '\u00ad\u200b\ufeff']
 
@@ -50,7 +55,7 @@ def random_texts(count=500):
 TEXTS = random_texts() + [format_prompt(row) + row['output'] for row in ROWS + DEMO]
 
 
-# --- runs to export
+# --- runs, and their exports: each format is a fixture of its own
 
 
 @pytest.fixture(scope='session')
@@ -73,42 +78,61 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def runs(once):
-    """A folder with data/tiny, a run `full` from scratch, and a LoRA run `lora` upon it."""
+    """A folder with data/tiny, and a run `full` from scratch. llama.cpp's contexts are whole 256s: so are its positions."""
     def train(folder):
         (folder / 'rows.json').write_text(json.dumps(ROWS))
         stage(folder, 'prepare.py', '--source=rows.json', '--dataset=tiny', '--block_size=128')
-        stage(folder, 'train.py', '--dataset=tiny', '--out_dir=full', '--epochs=1', *TINY)
-        base = folder / 'full/gpt2-2x32-sft.pth'
-        return stage(folder, 'train.py', '--dataset=tiny', '--out_dir=lora', '--epochs=1', *TINY, f'--init_from={base}', '--lora_rank=4').stdout
+        return stage(folder, 'train.py', '--dataset=tiny', '--out_dir=full', *TINY, '--block_size=256', '--dropout=0.05').stdout
     once('runs', train)
     return once.folder
 
 
-FLAGS = ['--dataset=tiny', '--max_new_tokens=8']
-FORMATS = ['huggingface', 'gguf', 'onnx', 'torchscript']
+@pytest.fixture(scope='session')
+def lora_run(once, runs):
+    """A LoRA run upon `full`."""
+    flags = ['--dataset=tiny', '--out_dir=lora', *TINY, '--init_from=full/gpt2-2x32-sft.pth', '--lora_rank=4']
+    once('lora', lambda folder: stage(folder, 'train.py', *flags).stdout)
+    return runs / 'lora'
+
+
+def export_once(once, name, *flags, run='full'):
+    """The folder of a format, and what export.py printed."""
+    printed = once(name, lambda folder: stage(folder, 'export.py', f'--out_dir={run}', f'--to={name}', *flags, *FLAGS).stdout)
+    return once.folder / run / 'export' / name, printed
 
 
 @pytest.fixture(scope='session')
-def exported(once, runs):
-    """-> (the run's export folder with every format, in F32; what was printed)."""
-    flags = ['--out_dir=full', f'--to={",".join(FORMATS)}', *FLAGS]
-    return runs / 'full/export', once('exported', lambda folder: stage(folder, 'export.py', *flags).stdout)
+def huggingface(once, runs):
+    return export_once(once, 'huggingface')
 
 
 @pytest.fixture(scope='session')
-def adapter(once, runs):
-    flags = ['--out_dir=lora', '--to=peft', *FLAGS]
-    return runs / 'lora/export/peft', once('adapter', lambda folder: stage(folder, 'export.py', *flags).stdout)
+def peft(once, lora_run):
+    return export_once(once, 'peft', run='lora')
 
 
 @pytest.fixture(scope='session')
-def lossy(once, exported):
-    """-> {type: what was printed}, each written beside the others."""
-    flags = {'F16': ['--to=gguf', '--gguf_type=F16'], 'Q8_0': ['--to=gguf', '--gguf_type=Q8_0']}
-    if find_spec('onnxruntime'):  # which quantizes
-        flags['int8'] = ['--to=onnx', '--onnx_type=int8']
-    return {kind: once(kind, lambda folder, kind=kind: stage(folder, 'export.py', '--out_dir=full', *flags[kind], *FLAGS).stdout)
-            for kind in flags}
+def onnx(once, runs):
+    return export_once(once, 'onnx')
+
+
+@pytest.fixture(scope='session')
+def torchscript(once, runs):
+    return export_once(once, 'torchscript')
+
+
+@pytest.fixture(scope='session')
+def gguf_folder(once, runs):
+    """Several types, one after the other in one folder, and what was printed. F16 only where a program can read it: it takes time."""
+    def write(folder):
+        kinds = ['F16', 'F32', 'Q8_0'] if find_spec('llama_cpp') else ['F32', 'Q8_0']
+        return ''.join(stage(folder, 'export.py', '--out_dir=full', '--to=gguf', f'--gguf_type={kind}', *FLAGS).stdout for kind in kinds)
+    return runs / 'full/export/gguf', once('gguf', write)
+
+
+@pytest.fixture(scope='session')
+def model(runs):
+    return GPT.from_pretrained(runs / 'full').eval().requires_grad_(False)
 
 
 @pytest.fixture
@@ -118,29 +142,29 @@ def again(runs, tmp_path):
     return tmp_path / 'out'
 
 
-@pytest.fixture
-def model(runs):
-    return GPT.from_pretrained(runs / 'full').eval()
-
-
-@torch.no_grad()
 def logits_of(model, ids):
-    return model(torch.tensor([ids]))[0][0]
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0]
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # --- Hugging Face
 
 
-def test_huggingface_weights(exported, model):
+def test_huggingface_weights(huggingface, model):
     """Names and shapes are transformers' own, the values are ours; the output layer is left out."""
     from safetensors.torch import load_file
-    state = load_file(exported[0] / 'huggingface' / 'model.safetensors')
+    state = load_file(huggingface[0] / 'model.safetensors')
     ours = {f'transformer.{name}': p for name, p in model.named_parameters()}
     assert set(state) == set(ours)
-    assert state['transformer.h.1.attn.c_attn.weight'].shape == (32, 96) and state['transformer.h.0.mlp.c_proj.weight'].shape == (128, 32)
+    assert state['transformer.h.1.attn.c_attn.weight'].shape == (32, 96)
+    assert state['transformer.h.0.mlp.c_proj.weight'].shape == (128, 32)
     for name, p in ours.items():
         assert torch.equal(transpose_conv1d(name, state[name]), p), name
-    again = GPT.from_pretrained(exported[0] / 'huggingface').eval()
+    again = GPT.from_pretrained(huggingface[0]).eval()
     assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))
 
 
@@ -152,65 +176,117 @@ def test_huggingface_shards(again, runs, model):
     index = json.loads((folder / 'model.safetensors.index.json').read_text())
     assert index['metadata']['total_size'] == 4 * sum(p.numel() for p in model.parameters())
     assert set(index['weight_map'].values()) == set(files)
-    fields, state = read_safetensors(folder / 'model.safetensors.index.json')
+    _, state = read_safetensors(folder / 'model.safetensors.index.json')
     assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
 
 
-def test_huggingface_settings(exported):
-    folder = exported[0] / 'huggingface'
+def test_huggingface_settings(huggingface):
+    """The dropout is the run's, the limit is the number of positions, and specials are those of GPT-2."""
+    folder, _ = huggingface
     config, generation, tokenizer = (json.loads((folder / f'{name}.json').read_text())
                                      for name in ('config', 'generation_config', 'tokenizer_config'))
     assert config['architectures'] == ['GPT2LMHeadModel'] and config['activation_function'] == 'gelu_new'
-    assert config['pad_token_id'] == config['eos_token_id'] == EOS and config['n_positions'] == 128
-    assert generation == {'do_sample': False, 'max_new_tokens': 8} | {f'{end}_token_id': EOS for end in ('bos', 'eos', 'pad')}
-    assert tokenizer['chat_template'] == CHAT_TEMPLATE and tokenizer['model_max_length'] == 128
+    assert config['pad_token_id'] == config['eos_token_id'] == EOS and config['n_positions'] == 256
+    assert config['resid_pdrop'] == config['embd_pdrop'] == config['attn_pdrop'] == 0.05
+    assert generation == {'do_sample': False, 'max_length': 256} | {f'{end}_token_id': EOS for end in ('bos', 'eos', 'pad')}
+    assert tokenizer['chat_template'] == export.chat_template() and tokenizer['model_max_length'] == 256
+    # TRL 1.16 ends answers with the text of the end-of-text, which must become its id
+    assert 'split_special_tokens' not in tokenizer and tokenizer['eos_token'] == '<|endoftext|>'
 
 
-def test_the_model_card(exported, again, runs):
-    """It names the data's hash, the settings, and the scores where there are some."""
+def test_the_model_card(huggingface, again, model, monkeypatch):
+    """How it was made and from what, without this machine's paths; the base where it is a released one."""
+    monkeypatch.setattr(export, 'out_dir', str(again))
     run = json.loads((again / 'gpt2-2x32-sft.json').read_text())
-    card = (exported[0] / 'huggingface/README.md').read_text()
-    assert card.startswith('---\n') and run['sha256'] in card and '"learning_rate": 0.001' in card and 'Scores' not in card
-    intervals = [{'value': value, 'low': value - 2.5, 'high': value + 2.5} for value in (51.25, 68.5)]
-    (again / 'scores.json').write_text(json.dumps({
-        'metrics': {'all': {'exact match %': {'run': intervals[0]}}}, 'compared_with': '', 'scale': [0, 100], 'faults': [],
-        'judge': {'kind': 'ollama', 'model': 'llama3'},
-        'summary': {'run': {'scored': 109, 'empty': 1, 'failed': 0, 'score': intervals[1]}}}))
-    stage(runs, 'export.py', f'--out_dir={again}')
+    card = (huggingface[0] / 'README.md').read_text()
+    assert card.startswith('---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: mit\n')
+    assert run['sha256'] in card and '"learning_rate": 0.001' in card and run['made_of']['data'] in card
+    assert 'Scores' not in card and 'base_model' not in card and 'no scores' not in huggingface[1]
+    assert export.model_card(model, run) == card
+    paths = dict.fromkeys(('out_dir', 'init_from', 'cache_dir'), '/home/someone/elsewhere')
+    assert export.model_card(model, run | {'config': run['config'] | paths, 'init_from': '/home/someone/elsewhere'}) == card
+    assert '\nbase_model: openai-community/gpt2-medium\n' in export.model_card(model, run | {'init_from': 'gpt2-medium'})
+    assert '\nbase_model: openai-community/gpt2-medium\n' in export.model_card(model, {'init_from': 'gpt2-medium'})
+
+
+def test_the_cards_scores_are_the_models(again, runs, model, monkeypatch, capsys):
+    """scores.txt is copied if scores.json was made of these weights, and left out, with a line, if not."""
+    weights = json.loads((again / 'gpt2-2x32-sft.json').read_text())['weights']
+    (again / 'scores.json').write_text(json.dumps({'made_of': {'weights': weights}}))
+    (again / 'scores.txt').write_text('run: 68.50 [66.00, 71.00] on 0 to 100 by llama3\n')
+    printed = stage(runs, 'export.py', f'--out_dir={again}').stdout
     card = (again / 'export/huggingface/README.md').read_text()
-    assert 'exact match %' in card and '51.25 [48.75, 53.75]' in card
-    assert '68.50 [66.00, 71.00] on 0 to 100 by llama3, over 110 of 110 rows' in card
+    assert 'with 95 % intervals:\n```\nrun: 68.50 [66.00, 71.00] on 0 to 100 by llama3\n```\n' in card and 'no scores' not in printed
+    monkeypatch.setattr(export, 'out_dir', str(again))
+    for scores in {'made_of': {'weights': weights[::-1]}}, {}:
+        (again / 'scores.json').write_text(json.dumps(scores))
+        assert '68.50' not in export.model_card(model, {'init_from': 'scratch'})
+        assert capsys.readouterr().out == f'  the card has no scores: {again}/scores.json is of other weights\n'
 
 
-def test_the_tokenizer_is_tiktoken(exported):
+def test_the_tokenizer_is_tiktoken(huggingface):
     from tokenizers import Tokenizer
-    tokenizer, tiktoken = Tokenizer.from_file(str(exported[0] / 'huggingface/tokenizer.json')), get_tokenizer()
-    assert tokenizer.token_to_id('<|endoftext|>') == EOS and tokenizer.get_vocab_size() == EOS + 1
+    tokenizer = Tokenizer.from_file(str(huggingface[0] / 'tokenizer.json'))
+    tiktoken = get_tokenizer()
+    assert tokenizer.token_to_id('<|endoftext|>') == EOS and tokenizer.get_vocab_size() == VOCAB_SIZE
     tokenizer.encode_special_tokens = True  # as transformers does for split_special_tokens
-    for text in TEXTS:
-        ids = tokenizer.encode(text).ids
-        assert ids == tiktoken.encode_ordinary(text) and tokenizer.decode(ids) == text
+    for text, encoding in zip(TEXTS, tokenizer.encode_batch(TEXTS)):
+        assert encoding.ids == tiktoken.encode_ordinary(text) and tokenizer.decode(encoding.ids) == text
+    # as it comes, an end-of-text that is written is one
+    tokenizer.encode_special_tokens = False
+    assert tokenizer.encode('it<|endoftext|>').ids == [270, EOS]
 
 
-def render(messages):
-    """Jinja as transformers sets it up."""
+# --- the chat template
+
+
+def render(messages, **options):
+    """Jinja as transformers sets it up, or with other options."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):
         raise ValueError(message)
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(**options or {'trim_blocks': True, 'lstrip_blocks': True})
     environment.globals['raise_exception'] = raise_exception
-    return environment.from_string(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=True)
+    return environment.from_string(export.chat_template()).render(messages=messages, add_generation_prompt=True)
 
 
 def test_the_chat_template_is_ours():
-    for text in ['Say it.', 'Two\nlines {{ "and" }} a {% brace %}', ' <b>&amp;</b> "quoted" \'s \\n ', 'Käthe 🎉\n']:
-        assert render([{'role': 'user', 'content': text}]) == format_prompt({'instruction': text})
+    """It is one expression, so that nothing depends on how a program treats the white space around blocks."""
+    assert '{%' not in export.chat_template() and export.chat_template().count('{{') == 1
+    for text in ['Say it.', 'Two\nlines {{ "and" }} a {% brace %}', ' <b>&amp;</b> "quoted" \'s \\n ', 'Käthe 🎉\n', '{input} {instruction}']:
+        for options in {}, {'trim_blocks': False}:
+            assert render([{'role': 'user', 'content': text}], **options) == format_prompt({'instruction': text})
+            messages = [{'role': 'system', 'content': text}, {'role': 'user', 'content': text}]
+            assert render(messages, **options) == format_prompt({'instruction': text, 'input': text})
 
 
-@pytest.mark.parametrize('roles', [['system', 'user'], ['user', 'assistant', 'user'], ['assistant'], []])
-def test_the_chat_template_refuses(roles):
-    with pytest.raises(ValueError, match='one user message') as caught:
+@pytest.mark.parametrize('role', ['system', 'developer'])
+def test_a_system_message_is_the_input_as_in_training(role):
+    chat = [{'role': role, 'content': 'Be brief.'}, {'role': 'user', 'content': 'Name a tree.'}]
+    row = to_row({'messages': [*chat, {'role': 'assistant', 'content': 'Oak.'}]}, {})
+    assert row['input'] == 'Be brief.' and render(chat) == format_prompt(row)
+    assert render([{'role': role, 'content': ''}, chat[1]]) == format_prompt({'instruction': 'Name a tree.'})
+
+
+def test_parts_of_messages_are_joined():
+    parts = [{'type': 'text', 'text': 'Name '}, {'type': 'image_url', 'image_url': 'x'}, {'type': 'text', 'text': 'a tree.'}]
+    assert render([{'role': 'user', 'content': parts}]) == format_prompt({'instruction': 'Name a tree.'})
+    messages = [{'role': 'system', 'content': parts}, {'role': 'user', 'content': 'Do.'}]
+    assert render(messages) == format_prompt({'instruction': 'Do.', 'input': 'Name a tree.'})
+
+
+def test_the_last_message_is_the_instruction():
+    """llama.cpp's server renders such a dialogue at its start."""
+    turns = [('system', 'Be brief.'), ('user', 'Hello'), ('assistant', 'Hi.'), ('user', 'How are you?')]
+    messages = [{'role': role, 'content': text} for role, text in turns]
+    assert render(messages) == format_prompt({'instruction': 'How are you?', 'input': 'Be brief.'})
+    assert render(messages[1:]) == format_prompt({'instruction': 'How are you?'})
+
+
+@pytest.mark.parametrize('roles', [['user', 'assistant'], ['system'], []])
+def test_the_chat_template_refuses_what_has_no_question(roles):
+    with pytest.raises(ValueError, match='the last message must be one of the user') as caught:
         render([{'role': role, 'content': 'x'} for role in roles])
     assert '\n' not in str(caught.value)
 
@@ -218,11 +294,12 @@ def test_the_chat_template_refuses(roles):
 # --- PEFT
 
 
-def test_peft_files(adapter, runs):
+def test_peft_files(peft, runs):
     """W + alpha / r B A, computed from PEFT's file, is the run's merged matrix."""
     from safetensors.torch import load_file
-    folder, _ = adapter
-    config, state = json.loads((folder / 'adapter_config.json').read_text()), load_file(folder / 'adapter_model.safetensors')
+    folder, _ = peft
+    config = json.loads((folder / 'adapter_config.json').read_text())
+    state = load_file(folder / 'adapter_model.safetensors')
     assert config['fan_in_fan_out'] and config['r'] == 4 and len(state) == 2 * 2 * 4
     base, merged = (GPT.from_pretrained(runs / run).state_dict() for run in ('full', 'lora/gpt2-2x32-sft.pth'))
     for target in config['target_modules']:
@@ -232,19 +309,43 @@ def test_peft_files(adapter, runs):
         assert B.abs().max() > 0
 
 
+@pytest.mark.parametrize('key, value', [('step', 8), ('made_of', {'data': '0' * 64}), ('config', {'lora_rank': 0})])
+def test_an_adapter_of_another_run_is_refused(lora_run, runs, tmp_path, key, value):
+    """A full run in the folder of a LoRA run, say, beside whose adapter it lies."""
+    shutil.copytree(lora_run, tmp_path / 'out', ignore=shutil.ignore_patterns('export', 'ckpt.pt'))
+    edit_json(tmp_path / 'out/gpt2-2x32-sft.json', **{key: value})
+    process = stage(runs, 'export.py', f'--out_dir={tmp_path}/out', '--to=peft', code=2)
+    assert f'adapter.safetensors is of another run than {tmp_path}/out/gpt2-2x32-sft.json, the newest: its {key} differs' in process.stderr
+    assert not (tmp_path / 'out/export').exists()
+
+
 # --- GGUF
 
 
-@pytest.mark.parametrize('kind, bits', [('F32', 24), ('F16', 11), ('Q8_0', 7)])
-def test_gguf_file(exported, lossy, model, kind, bits):
+@pytest.fixture(scope='session')
+def reader(gguf_folder):
+    """The package gguf's; it takes seconds, because of the tokens."""
+    import gguf
+    return gguf.GGUFReader(gguf_folder[0] / 'gpt2-2x32-F32.gguf')
+
+
+@pytest.mark.parametrize('kind, bits, file_type', [('F32', 24, 0), ('F16', 11, 1), ('Q8_0', 7, 7)])
+def test_gguf_file(reader, runs, tmp_path, monkeypatch, kind, bits, file_type):
     """Read back by the package gguf: names and shapes are those of llama.cpp, the values ours, to so many bits."""
     import gguf
-    reader = gguf.GGUFReader(exported[0] / f'gguf/gpt2-2x32-{kind}.gguf')
-    value = {key: field.contents() for key, field in reader.fields.items()}
-    assert value['general.architecture'] == 'gpt2' and value['gpt2.context_length'] == 128 and value['gpt2.block_count'] == 2
-    assert value['tokenizer.ggml.tokens'][EOS] == '<|endoftext|>' and value['tokenizer.ggml.eos_token_id'] == EOS
-    assert len(value['tokenizer.ggml.merges']) == 50000 and not value['tokenizer.ggml.add_bos_token']
-    assert value['tokenizer.chat_template'] == CHAT_TEMPLATE
+    model = GPT.from_pretrained(runs / 'full').requires_grad_(False)
+    if kind != 'F32':
+        monkeypatch.setattr(export, 'gguf_type', kind)
+        fields = export.gguf_fields(model.config)
+        few = {'token_list': fields['token_list'][:9], 'token_types': fields['token_types'][:9], 'token_merges': fields['token_merges'][:9]}
+        monkeypatch.setattr(export, 'gguf_fields', lambda shape: fields | few)
+        export.write_gguf(model, tmp_path, {})
+        reader = gguf.GGUFReader(tmp_path / f'gpt2-2x32-{kind}.gguf')
+    names = ['general.architecture', 'gpt2.context_length', 'gpt2.block_count', 'general.file_type', 'tokenizer.ggml.eos_token_id',
+             'tokenizer.ggml.add_bos_token', 'tokenizer.chat_template']
+    assert [reader.fields[name].contents() for name in names] == ['gpt2', 256, 2, file_type, EOS, False, export.chat_template()]
+    # the format demands it where tensors are quantized
+    assert ('general.quantization_version' in reader.fields) == (kind == 'Q8_0')
     tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     ours = {'token_embd.weight': 'wte.weight', 'position_embd.weight': 'wpe.weight'}
     ours |= {f'output_norm.{part}': f'ln_f.{part}' for part in ('weight', 'bias')}
@@ -260,29 +361,66 @@ def test_gguf_file(exported, lossy, model, kind, bits):
         exact = kind == 'F32' or expected.ndim == 1 or name == 'wpe.weight'
         bound = 0 if exact else np.abs(expected).max(1, keepdims=True) * 2.0**-bits
         assert (np.abs(tensors[theirs] - expected) <= bound).all(), name
+        assert exact or (tensors[theirs] != expected).any(), name
 
 
-def test_gguf_tokens(exported):
+def test_gguf_tokens(reader):
     """Tokens in the order of their ids, each the bytes that tiktoken has, in GPT-2's form of bytes as letters."""
-    import gguf
-    letters = fast_tokenizer()
-    reader = gguf.GGUFReader(exported[0] / 'gguf/gpt2-2x32-F32.gguf')
+    letters = export.fast_tokenizer()
     tokens, merges, types = (reader.fields[f'tokenizer.ggml.{name}'].contents() for name in ('tokens', 'merges', 'token_type'))
     for i in (0, 255, 256, 1000, 50255):
         assert letters.id_to_token(i) == tokens[i]
         assert letters.decode([i]).encode() == get_tokenizer().decode_single_token_bytes(i) or '\ufffd' in letters.decode([i])
-    assert merges[0] == 'Ġ t' and types[EOS] == 3
+    assert tokens[EOS] == '<|endoftext|>' and len(tokens) == VOCAB_SIZE and types[EOS] == 3 and set(types[:EOS]) == {1}
+    assert merges[0] == 'Ġ t' and len(merges) == 50000
 
 
-def test_other_types_stay_and_the_modelfile_names_the_newest(exported, lossy):
-    folder = exported[0] / 'gguf'
-    assert sorted(path.name for path in folder.iterdir()) == ['Modelfile', *(f'gpt2-2x32-{kind}.gguf' for kind in ('F16', 'F32', 'Q8_0'))]
-    lines = (folder / 'Modelfile').read_text()
+def test_the_modelfile_names_the_newest_type(gguf_folder):
+    """What Ollama makes of it: greedy, without its penalty of repetitions; the template is that of the training."""
+    lines = (gguf_folder[0] / 'Modelfile').read_text()
     assert 'ollama create gpt2-2x32-q8_0 -f Modelfile\n' in lines and 'ollama run gpt2-2x32-q8_0' in lines
-    assert '\nFROM ./gpt2-2x32-Q8_0.gguf\nTEMPLATE """' in lines and 'PARAMETER num_ctx 128\n' in lines
-    assert 'PARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0\n' in lines
-    template = lines.split('"""')[1].replace('{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}', 'Say it.')
-    assert template == format_prompt({'instruction': 'Say it.'})
+    assert '\nFROM ./gpt2-2x32-Q8_0.gguf\nTEMPLATE """' in lines and 'PARAMETER num_ctx 256\n' in lines and 'PARAMETER num_predict 8\n' in lines
+    assert 'PARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n' in lines
+    # Go's templates: one branch with a system text, one without
+    condition, with_system, without = lines.split('"""')[1].replace('{{ end }}', '').replace('{{ if .System }}', '{{ else }}').split('{{ else }}')
+    assert condition == '' and without.replace('{{ .Prompt }}', 'Say it.') == format_prompt({'instruction': 'Say it.'})
+    expected = format_prompt({'instruction': 'Say it.', 'input': 'Be brief.'})
+    assert with_system.replace('{{ .Prompt }}', 'Say it.').replace('{{ .System }}', 'Be brief.') == expected
+
+
+def test_other_types_stay_if_they_are_of_the_same_weights(gguf_folder, again, runs, tmp_path, capsys):
+    """The Modelfile tells of which weights the files are; those of other weights, or of unknown ones, do not stay."""
+    found = sorted(path.name for path in gguf_folder[0].iterdir())
+    assert found[0] == 'Modelfile' and {'gpt2-2x32-F32.gguf', 'gpt2-2x32-Q8_0.gguf'} <= set(found) and 'removed' not in gguf_folder[1]
+    weights = json.loads((again / 'gpt2-2x32-sft.json').read_text())['weights']
+    assert (gguf_folder[0] / 'Modelfile').read_text().startswith(f'# weights: {weights}\n')
+    folder = again / 'export/gguf'
+    folder.mkdir(parents=True)
+    (folder / 'old-F16.gguf').write_text('of another training')
+    (folder / 'Modelfile').write_text(f'# weights: {weights[::-1]}\n')
+    # without its consumer, which would only take time here
+    printed = stage(runs, 'export.py', f'--out_dir={again}', '--to=gguf', first='import sys; sys.modules["llama_cpp"] = None').stdout
+    assert f'removed {folder}/old-F16.gguf, which is of other weights\n' in printed
+    assert sorted(path.name for path in folder.iterdir()) == ['Modelfile', 'gpt2-2x32-F32.gguf']
+    # a file of unknown weights, without a Modelfile
+    (tmp_path / 'old.gguf').write_text('')
+    export.keep_other_types(tmp_path, folder)
+    assert 'removed' in capsys.readouterr().out and not (folder / 'old.gguf').exists()
+
+
+def test_shapes_that_gguf_or_llama_cpp_lack(gguf_folder, run, tmp_path, capsys):
+    """48 channels are no whole 32s, and Q8_0 is refused, with nothing left behind; 64 positions are no whole 256s: a warning."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=1, n_head=3, n_embd=48, block_size=64)).requires_grad_(False)
+    torch.save(model.state_dict(), tmp_path / 'odd.pth')
+    (tmp_path / 'odd.json').write_text(json.dumps({'model': vars(model.config)}))
+    process = run('export.py', '--init_from=odd.pth', '--out_dir=out', '--to=gguf', '--gguf_type=Q8_0', code=2)
+    assert 'Q8_0 an n_embd of whole 32s' in process.stderr
+    assert not list((tmp_path / 'out/export').iterdir())
+    export.write_gguf(model, tmp_path, {})
+    printed = capsys.readouterr().out
+    assert printed.count('\n') == 1 and 'llama.cpp rounds contexts up to whole 256s, and so beyond the 64 positions' in printed
+    assert 'warning' not in gguf_folder[1]
 
 
 # --- ONNX and torch's own programs
@@ -290,7 +428,8 @@ def test_other_types_stay_and_the_modelfile_names_the_newest(exported, lossy):
 
 def feeds(model, ids, past=None, mask=None, positions=None):
     """Optimum's inputs for rows of ids."""
-    ids, c = np.array(ids), model.config
+    ids = np.array(ids)
+    c = model.config
     past = past or [np.zeros((len(ids), c.n_head, 0, c.n_embd // c.n_head), np.float32)] * (2 * c.n_layer)
     P, T = past[0].shape[2], ids.shape[1]
     inputs = {'input_ids': ids, 'attention_mask': np.ones((len(ids), P + T), int) if mask is None else np.array(mask),
@@ -299,7 +438,7 @@ def feeds(model, ids, past=None, mask=None, positions=None):
 
 
 def onnx_run(path):
-    """-> run(feeds) -> outputs, by onnxruntime, else by onnx's own reference, operator by operator in numpy."""
+    """run(feeds) -> outputs, by onnxruntime, else by onnx's own reference, operator by operator in numpy."""
     if find_spec('onnxruntime'):
         from onnxruntime import InferenceSession
         session = InferenceSession(path)
@@ -309,20 +448,26 @@ def onnx_run(path):
     return lambda feeds: session.run(None, feeds)
 
 
-def test_onnx_is_pinned_and_named_as_optimum(exported):
-    import onnx
-    graph = onnx.load(exported[0] / 'onnx/model.onnx')
+def test_onnx_has_the_layout_of_transformers_js(onnx):
+    files = sorted(str(path.relative_to(onnx[0])) for path in onnx[0].rglob('*') if path.is_file())
+    assert files == ['config.json', 'generation_config.json', 'onnx/model.onnx', 'tokenizer.json', 'tokenizer_config.json']
+
+
+def test_onnx_is_pinned_and_named_as_optimum(onnx):
+    import onnx as package
+    graph = package.load(onnx[0] / 'onnx/model.onnx')
     assert graph.ir_version == 10 and [(one.domain, one.version) for one in graph.opset_import if not one.domain] == [('', 18)]
     assert {one.domain for one in graph.opset_import} <= {'', 'pkg.onnxscript.torch_lib.common'}
     past = [f'{{}}.{layer}.{part}' for layer in range(2) for part in ('key', 'value')]
     assert [one.name for one in graph.graph.input] == ['input_ids', 'attention_mask', 'position_ids',
                                                        *(name.format('past_key_values') for name in past)]
     assert [one.name for one in graph.graph.output] == ['logits', *(name.format('present') for name in past)]
-    onnx.checker.check_model(graph, full_check=True)
+    package.checker.check_model(graph, full_check=True)
 
 
-def test_onnx_prefill_decode_and_pads(exported, model):
-    run, expected = onnx_run(exported[0] / 'onnx/model.onnx'), logits_of(model, IDS).numpy()
+def test_onnx_prefill_decode_and_pads(onnx, model):
+    run = onnx_run(onnx[0] / 'onnx/model.onnx')
+    expected = logits_of(model, IDS).numpy()
     logits, *past = run(feeds(model, [IDS]))
     np.testing.assert_allclose(logits[0], expected, atol=1e-5)
     # one by one, then the rest at once
@@ -340,9 +485,61 @@ def test_onnx_prefill_decode_and_pads(exported, model):
     assert np.isfinite(logits).all()
 
 
-def test_torchscript_without_this_repository(exported, model, tmp_path):
+def graph_step(model):
+    """A step as the readers have it, of the function that becomes the ONNX graph."""
+    def step(ids, mask, past):
+        c = model.config
+        past = past or [tuple(torch.zeros(2, len(ids), c.n_head, 0, c.n_embd // c.n_head))] * c.n_layer
+        positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.size(1):]
+        return export.forward_with_past(model, ids, mask, positions, past)
+    return step
+
+
+def test_prompts_of_different_lengths_beside_each_other():
+    """greedy_ids of all at once are those of model.py, one by one: pads change nothing, and each answer has its own end."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=300)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.5)
+    prompts = [[id % 300 for id in IDS[:length]] for length in (1, 10, 3, 7, 6)]
+    expected = [model.generate(prompt, 12, eos=-1) for prompt in prompts]
+    step = graph_step(model)
+    assert export.greedy_ids(step, prompts, 12, 64, eos=-1) == expected
+    # an id that comes first in the middle of an answer
+    eos = next(id for i, id in enumerate(expected[1]) if i > 3 and id not in expected[1][:i])
+    ended = [model.generate(prompt, 12, eos=eos) for prompt in prompts]
+    assert export.greedy_ids(step, prompts, 12, 64, eos=eos) == ended and 3 < len(ended[1]) < 12
+    # no answer passes the last position
+    assert export.greedy_ids(step, prompts, 12, 13, eos=-1) == [ids[:3] for ids in expected]
+    assert export.greedy_ids(step, prompts[:1], 12, 64, eos=-1) == expected[:1]
+
+
+def test_what_a_type_costs(model, runs, monkeypatch, capsys):
+    """A step that computes the same costs nothing; one whose scale depends on what is beside it differs in a batch alone."""
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(export, 'dataset', 'tiny')
+    monkeypatch.setattr(export, 'max_new_tokens', 8)
+    step = graph_step(model)
+
+    def swayed(ids, mask, past):
+        logits, past = step(ids, mask, past)
+        return logits.roll(1, dims=2) if len(ids) > 1 else logits, past
+
+    loss = np.mean([found['reference_loss'] for found in reference_losses(model, read_split('tiny', 'test'))])
+    export.compare_lossy(model, step, (1, 8))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(':')[0].strip() for line in lines] == ['in fp32', 'exported, 1 at a time', 'exported, 8 at a time', 'reference loss']
+    assert all(line.endswith('100.00 % of greedy ids equal, over 6 test rows') for line in lines[:3])
+    assert lines[3] == f'  reference loss: {loss:.4f} nats per token in fp32, {loss:.4f} exported'
+    export.compare_lossy(model, swayed, (1, 8))
+    lines = capsys.readouterr().out.splitlines()
+    assert '100.00 % of greedy ids' in lines[1] and '100.00 % of greedy ids' not in lines[2]
+
+
+def test_torchscript_without_this_repository(torchscript, model, tmp_path):
     """Both programs in a process that has torch and no file of ours, for one row and for several."""
-    folder = exported[0] / 'torchscript'
+    folder, _ = torchscript
     code = f"""
 import sys, torch
 script, program = torch.jit.load({str(folder / 'gpt2-2x32.pt')!r}), torch.export.load({str(folder / 'gpt2-2x32.pt2')!r}).module()
@@ -351,9 +548,8 @@ torch.save([f(x) for f in (script, program) for x in (ids, ids[:1], ids[:, :1])]
 assert not {{'model', 'config', 'prepare', 'lora'}} & set(sys.modules)
 """
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True)
-    with torch.no_grad():
-        ids = torch.tensor([IDS, IDS[::-1]])
-        expected = [model(x)[0] for x in (ids, ids[:1], ids[:, :1])] * 2
+    ids = torch.tensor([IDS, IDS[::-1]])
+    expected = [model(x) for x in (ids, ids[:1], ids[:, :1])] * 2
     for theirs, ours in zip(torch.load(tmp_path / 'logits.pt'), expected):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
@@ -362,43 +558,61 @@ assert not {{'model', 'config', 'prepare', 'lora'}} & set(sys.modules)
 
 
 @pytest.mark.parametrize('flags, said', [
-    (['--to=ggml'], 'to may name huggingface, peft, gguf, onnx, torchscript'),
-    (['--to=gguf', '--gguf_type=Q4_0'], 'gguf_type F32, F16, Q8_0'),
-    (['--to=onnx', '--onnx_type=float16'], 'onnx_type float32, int8'),
-    (['--to=peft'], 'out has no adapter.safetensors, which a run with lora_rank > 0 writes'),
-    (['--out_dir=absent'], 'absent has no run: train one, or name a model by --init_from='),
-    (['--init_from=absent.pth'], 'absent.pth is no checkpoint'),
+    (['--to=ggml'], 'may name huggingface, peft, gguf, onnx, torchscript'),
+    (['--to=gguf', '--gguf_type=Q4_0'], "gguf_type='Q4_0' must be one of F32, F16, Q8_0"),
+    (['--to=onnx', '--onnx_type=float16'], "onnx_type='float16' must be one of float32, int8"),
+    (['--max_new_tokens=0'], 'max_new_tokens=0 must be at least 1'),
+    (['--to=huggingface,peft'], 'out has no adapter.safetensors, which a run with lora_rank > 0 writes'),
+    (['--out_dir=absent'], 'absent does not exist: train one'),
+    (['--init_from=absent.pth'], 'absent.pth is not a checkpoint'),
 ])
 def test_mistakes_end_in_one_line(again, runs, flags, said):
     assert said in stage(runs, 'export.py', f'--out_dir={again}', *flags, code=2).stderr
     assert not (again / 'export').exists() and not (runs / 'absent').exists()
 
 
+def test_weights_that_are_not_the_runs(again, runs):
+    """Their fingerprint is in the run's .json."""
+    state = torch.load(again / 'gpt2-2x32-sft.pth')
+    state['ln_f.bias'] += 1
+    torch.save(state, again / 'gpt2-2x32-sft.pth')
+    process = stage(runs, 'export.py', f'--out_dir={again}', code=2)
+    assert 'was made with other weights than these' in process.stderr and 'gpt2-2x32-sft.pth was replaced' in process.stderr
+    assert not (again / 'export').exists()
+
+
 def test_a_missing_package_is_named(again, runs):
     """Before anything is written: gguf is hidden from the process."""
-    hide = ('import importlib.util\nreal = importlib.util.find_spec\n'
-            'importlib.util.find_spec = lambda name, *rest: None if name == "gguf" else real(name, *rest)\n')
-    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=huggingface,gguf', code=2, first=hide)
-    assert "to='huggingface,gguf' needs packages: pip install gguf" in process.stderr
+    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=huggingface,gguf', code=2, first='import sys; sys.modules["gguf"] = None')
+    assert 'gguf' in process.stderr and 'pip install ' in process.stderr
     assert not (again / 'export').exists()
 
 
 def test_a_missing_consumer_is_named(again, runs):
     process = stage(runs, 'export.py', f'--out_dir={again}', first='import sys; sys.modules["transformers"] = None')
-    assert 'written, not verified: huggingface needs a package: pip install transformers' in process.stdout
+    assert 'written, not verified: ' in process.stdout and 'transformers' in process.stdout and 'pip install ' in process.stdout
     assert (again / 'export/huggingface/model.safetensors').exists()
 
 
-def test_widths(run, tmp_path):
-    """48 channels are no whole 32s: Q8_0 is refused, with nothing left behind."""
-    folder = tmp_path / 'odd'
-    folder.mkdir()
-    torch.manual_seed(0)
-    torch.save(GPT(GPTConfig(n_layer=1, n_head=3, n_embd=48, block_size=64)).state_dict(), folder / 'odd-sft.pth')
-    (folder / 'odd-sft.json').write_text(json.dumps({'model': {'n_layer': 1, 'n_head': 3, 'n_embd': 48, 'block_size': 64, 'vocab_size': EOS + 1}}))
-    process = run('export.py', '--init_from=odd', '--out_dir=out', '--to=gguf', '--gguf_type=Q8_0', code=2)
-    assert 'Q8_0 an n_embd of whole 32s' in process.stderr
-    assert not list((tmp_path / 'out/export').iterdir())
+def test_a_test_split_that_cannot_be_answered(model, runs, monkeypatch):
+    """It is missing, or has longer rows than the model: that is no fault of the export."""
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(export, 'dataset', 'absent')
+    with pytest.raises(UserError, match='absent'):
+        export.compare_lossy(model, graph_step(model), (1,))
+    monkeypatch.setattr(export, 'dataset', 'tiny')
+    short = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=32))
+    with pytest.raises(UserError, match='has a test row of .* tokens, the model 32 positions'):
+        export.compare_lossy(short, graph_step(short), (1,))
+
+
+def test_ids_beyond_the_tokenizers_are_left_out(tmp_path):
+    """A vocabulary with an added [PAD]: the exported model has the ids that its tokenizer knows."""
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=256, vocab_size=VOCAB_SIZE + 1))
+    torch.save(model.state_dict(), tmp_path / 'pad.pth')
+    (tmp_path / 'pad.json').write_text(json.dumps({'model': vars(model.config)}))
+    loaded = export.load_model('huggingface', None, {'init_from': tmp_path / 'pad.pth'})
+    assert loaded.config.vocab_size == VOCAB_SIZE and torch.equal(loaded.wte.weight, model.wte.weight[:-1])
 
 
 def test_another_vocabulary(run, tmp_path):
@@ -411,37 +625,52 @@ def test_another_vocabulary(run, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['huggingface', 'gguf', 'torchscript'])
-def test_a_full_disk(runs, tmp_path, name):
+def test_a_full_disk(again, runs, name):
     """No file may pass 4,000 bytes: one line, and the earlier export is kept."""
-    out = tmp_path / 'out'
-    shutil.copytree(runs / 'lora', out, ignore=shutil.ignore_patterns('ckpt.pt', 'export'))
-    (out / 'export' / name).mkdir(parents=True)
-    (out / 'export' / name / 'before').write_text('')
-    process = stage(runs, 'export.py', f'--out_dir={out}', f'--to={name}', code=2,
+    (again / 'export' / name).mkdir(parents=True)
+    (again / 'export' / name / 'before').write_text('')
+    process = stage(runs, 'export.py', f'--out_dir={again}', f'--to={name}', code=2,
                     first='import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))')
-    assert f'cannot write {out}/export/{name}' in process.stderr
-    assert [path.name for path in (out / 'export').iterdir()] == [name] and (out / 'export' / name / 'before').exists()
+    assert f'cannot write {again}/export/{name}' in process.stderr
+    assert [path.name for path in (again / 'export').iterdir()] == [name] and (again / 'export' / name / 'before').exists()
 
 
-def test_a_wrong_export_is_found(again, runs):
-    """A consumer whose logits are off by 0.001 at one position: exit 1, the folder set aside, the earlier export kept."""
-    (again / 'export/torchscript').mkdir(parents=True)
-    wrong_load = """
-import torch
-load = torch.jit.load
-def wrong(path):
-    program = load(path)
-    def logits(ids):
-        found = program(ids)
-        found[0, 3, 1000] += 0.001
-        return found
-    return logits
-torch.jit.load = wrong
+# a consumer that adds an error to a logit of each prompt
+TRANSFORMERS = """
+import sys, types, torch
+from model import GPT
+def from_pretrained(folder):
+    model = GPT.from_pretrained(folder).eval()
+    def net(input_ids, attention_mask, past_key_values, use_cache):
+        ids = input_ids if past_key_values is None else torch.cat((past_key_values, input_ids), dim=1)
+        logits = model(ids)[:, -input_ids.size(1):]
+        if past_key_values is None:
+            logits[0, 3, 1000] += ERROR
+        return types.SimpleNamespace(logits=logits, past_key_values=ids)
+    return net
+for name in 'transformers', 'transformers.utils', 'transformers.utils.logging':
+    sys.modules[name] = types.ModuleType(name)
+sys.modules['transformers'].AutoModelForCausalLM = types.SimpleNamespace(from_pretrained=from_pretrained)
+sys.modules['transformers.utils.logging'].disable_progress_bar = lambda: None
 """
-    process = stage(runs, 'export.py', f'--out_dir={again}', '--to=torchscript', code=1, first=wrong_load)
-    assert process.stderr.startswith('export.py: ') and 'torchscript.failed does not compute what model.py does' in process.stderr
-    assert process.stderr.count('\n') == 1 and 'largest difference of logits 1.0e-03' in process.stdout
-    assert sorted(path.name for path in (again / 'export').iterdir()) == ['torchscript', 'torchscript.failed']
+
+
+@pytest.mark.parametrize('error', ['0.0', '0.001', 'float("nan")'])
+def test_a_wrong_export_is_found(again, runs, error):
+    """A consumer whose logits are off at one position: exit 1, the folder set aside, the earlier export kept."""
+    is_right = error == '0.0'
+    (again / 'export/huggingface').mkdir(parents=True)
+    (again / 'export/huggingface/before').write_text('')
+    process = stage(runs, 'export.py', f'--out_dir={again}', code=0 if is_right else 1, first=TRANSFORMERS.replace('ERROR', error))
+    assert 'greedy ids of 3 of 3 prompts equal' in process.stdout
+    if is_right:
+        assert [path.name for path in (again / 'export').iterdir()] == ['huggingface'] and not (again / 'export/huggingface/before').exists()
+        return
+    assert process.stderr.startswith('export.py: ') and 'huggingface.failed does not compute what model.py does' in process.stderr
+    assert process.stderr.count('\n') == 1
+    assert f'largest difference of logits {"nan" if "nan" in error else "1.0e-03"}' in process.stdout
+    assert sorted(path.name for path in (again / 'export').iterdir()) == ['huggingface', 'huggingface.failed']
+    assert (again / 'export/huggingface/before').exists()
 
 
 # --- with the programs that read: make interop
@@ -451,48 +680,81 @@ CONSUMERS = ['transformers', 'peft', 'llama_cpp', 'onnxruntime']
 
 
 @needs(*CONSUMERS)
-def test_all_are_verified(exported, adapter, lossy):
-    assert exported[1].count('greedy ids of 3 of 3 prompts equal') == 5 and 'not verified' not in exported[1]
-    assert adapter[1].count('greedy ids of 3 of 3 prompts equal') == 1
-    for kind in ('F16', 'Q8_0', 'int8'):
-        assert '% of greedy ids equal, over 6 test rows' in lossy[kind]
-        assert 'in fp32: exact match' in lossy[kind] and 'exported: exact match' in lossy[kind]
+def test_all_are_verified(huggingface, peft, gguf_folder, onnx, torchscript):
+    for (_, printed), programs in ((huggingface, 1), (peft, 1), (gguf_folder, 3), (onnx, 1), (torchscript, 2)):
+        assert printed.count('greedy ids of 3 of 3 prompts equal') == programs and 'not verified' not in printed
+    assert gguf_folder[1].count('exported, 1 at a time: exact match') == 2 and gguf_folder[1].count('exported\n') == 2
+
+
+@needs('onnxruntime')
+def test_int8_in_transformers_js_layout(again, runs):
+    """One scale serves all values of a call, so what it costs is said of one prompt at a time and of several."""
+    printed = stage(runs, 'export.py', f'--out_dir={again}', '--to=onnx', '--onnx_type=int8', *FLAGS).stdout
+    for kind in 'in fp32', 'exported, 1 at a time', 'exported, 8 at a time':
+        assert f'  {kind}: exact match ' in printed
+    assert printed.count('% of greedy ids equal, over 6 test rows') == 3 and printed.count('reference loss: ') == 1
+    folder = again / 'export/onnx/onnx'
+    assert sorted(path.name for path in folder.iterdir()) == ['model.onnx', 'model_quantized.onnx']
+    assert (folder / 'model_quantized.onnx').stat().st_size < 0.8 * (folder / 'model.onnx').stat().st_size
 
 
 @needs('transformers')
-def test_transformers_takes_the_folder(exported, model):
+def test_transformers_takes_the_folder(huggingface, model):
     """Model, tokenizer, chat template and pipeline, with no further argument; a batch, padded by its own settings."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-    folder = exported[0] / 'huggingface'
-    net, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    folder, _ = huggingface
+    net = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
         torch.testing.assert_close(net(input_ids=torch.tensor([IDS])).logits[0], logits_of(model, IDS), rtol=0, atol=1e-5)
-    for text in TEXTS[::7]:
-        assert tokenizer(text)['input_ids'] == get_tokenizer().encode_ordinary(text)
-    row = {'instruction': 'Write the word cat.'}
-    messages = [{'role': 'user', 'content': row['instruction']}]
+    assert net.config.resid_pdrop == net.config.attn_pdrop == net.config.embd_pdrop == 0.05
+    texts = [text for text in TEXTS[::7] if '<|endoftext|>' not in text]
+    for text, ids in zip(texts, tokenizer(texts)['input_ids']):
+        assert ids == get_tokenizer().encode_ordinary(text)
+    row = {'instruction': 'Write the word cat.', 'input': 'Be brief.'}
+    messages = [{'role': 'system', 'content': row['input']}, {'role': 'user', 'content': row['instruction']}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == format_prompt(row)
-    with pytest.raises(Exception, match='one user message'):
-        tokenizer.apply_chat_template([{'role': 'system', 'content': 'x'}, *messages], tokenize=False)
-    answer = get_tokenizer().decode(model.generate([encode_prompt(row)], 8)[0])
+    with pytest.raises(Exception, match='the last message must be one of the user'):
+        tokenizer.apply_chat_template([*messages, {'role': 'assistant', 'content': 'x'}], tokenize=False)
     generate = pipeline('text-generation', str(folder))
-    assert generate(messages)[0]['generated_text'][-1]['content'] == answer
+    answer = get_tokenizer().decode(model.generate(encode_prompt(row), 8))
+    assert generate(messages, max_new_tokens=8)[0]['generated_text'][-1]['content'] == answer
     prompts = [format_prompt(row) for row in ROWS[:3]]
-    expected = [get_tokenizer().decode(ids) for ids in model.generate([encode_prompt(row) for row in ROWS[:3]], 8)]
+    expected = [get_tokenizer().decode(model.generate(encode_prompt(row), 8)) for row in ROWS[:3]]
     batch = tokenizer(prompts, return_tensors='pt', padding=True)
-    new = net.generate(**batch)[:, batch['input_ids'].size(1):]
+    new = net.generate(**batch, max_new_tokens=8)[:, batch['input_ids'].size(1):]
     assert tokenizer.batch_decode(new, skip_special_tokens=True) == expected
+    # a prompt may be as long as the model: with max_new_tokens in its settings transformers 5.23 ends in an IndexError
+    long = torch.tensor([IDS * 25 + [7] * 5])
+    net.generation_config.eos_token_id = None
+    assert net.generate(long).shape == (1, 256)
+
+
+@needs('trl', 'datasets')
+def test_trl_learns_to_stop(huggingface, tmp_path):
+    """TRL ends an answer with the text of the end-of-text: the exported tokenizer makes it 50256, the last label."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    rows = Dataset.from_list([{'prompt': format_prompt(row), 'completion': row['output']} for row in ROWS[:2]])
+    settings = SFTConfig(str(tmp_path), report_to='none', use_cpu=True, max_steps=1, per_device_train_batch_size=2, save_strategy='no')
+    trainer = SFTTrainer(str(huggingface[0]), args=settings, train_dataset=rows)
+    labels = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])['labels']
+    for row, its_labels in zip(ROWS, labels.tolist()):
+        learned = [label for label in its_labels if label != -100]
+        assert learned == get_tokenizer().encode_ordinary(row['output']) + [EOS]
+    trainer.train()
+    assert np.isfinite(trainer.state.log_history[-1]['train_loss'])
 
 
 @needs('peft')
-def test_peft_takes_the_adapter(exported, adapter, runs):
+def test_peft_takes_the_adapter(huggingface, peft, runs):
     """Upon the exported base, the logits of our adapter to 1e-5."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    base = AutoModelForCausalLM.from_pretrained(exported[0] / 'huggingface')
+    base = AutoModelForCausalLM.from_pretrained(huggingface[0])
     with torch.no_grad():
         plain = base(input_ids=torch.tensor([IDS])).logits[0]
-        theirs = PeftModel.from_pretrained(base, adapter[0])(input_ids=torch.tensor([IDS])).logits[0]
+        theirs = PeftModel.from_pretrained(base, peft[0])(input_ids=torch.tensor([IDS])).logits[0]
     ours = GPT.from_pretrained(runs / 'full').eval()
     load_adapter(ours, runs / 'lora/adapter.safetensors')
     torch.testing.assert_close(theirs, logits_of(ours, IDS), rtol=0, atol=1e-5)
@@ -502,8 +764,6 @@ def test_peft_takes_the_adapter(exported, adapter, runs):
 @needs('peft')
 def test_peft_takes_a_strong_adapter(tmp_path):
     """Other matrices, rank and alpha, and values far from zero."""
-    from export import read_peft
-    from lora import save_peft
     torch.manual_seed(1)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)).eval()
     torch.save(model.state_dict(), tmp_path / 'base-sft.pth')
@@ -512,24 +772,55 @@ def test_peft_takes_a_strong_adapter(tmp_path):
     for name, p in model.named_parameters():
         if name.endswith(('.A', '.B')):
             torch.nn.init.normal_(p, std=0.1)
-    save_peft(model, tmp_path, 'somewhere')
-    [(_, step)] = read_peft(tmp_path, tmp_path / 'base-sft.pth', '')
+    export.write_peft(model, tmp_path, {'init_from': 'somewhere'})
+    step = export.read_peft(tmp_path, tmp_path / 'base-sft.pth')['peft']
+    ids = torch.tensor([IDS])
     with torch.no_grad():
-        torch.testing.assert_close(step(IDS, None)[0], logits_of(model, IDS), rtol=0, atol=1e-5)
+        torch.testing.assert_close(step(ids, torch.ones_like(ids), None)[0][0], logits_of(model, IDS), rtol=0, atol=1e-5)
+
+
+CAT = {'instruction': 'Write the word cat.', 'input': 'Be brief.'}
 
 
 @needs('llama_cpp')
-def test_llama_cpp_takes_the_file(exported, model):
+def test_llama_cpp_takes_the_file(gguf_folder, model):
     """Its tokenizer, and a chat through the template that the file holds."""
     from llama_cpp import Llama
-    llama = Llama(str(exported[0] / 'gguf/gpt2-2x32-F32.gguf'), n_ctx=128, verbose=False)
+    llama = Llama(str(gguf_folder[0] / 'gpt2-2x32-F32.gguf'), n_ctx=256, verbose=False)
     for text in TEXTS:
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == get_tokenizer().encode_ordinary(text), text
-    reply = llama.create_chat_completion([{'role': 'user', 'content': 'Write the word cat.'}], temperature=0, max_tokens=8)
-    answer = get_tokenizer().decode(model.generate([encode_prompt({'instruction': 'Write the word cat.'})], 8)[0])
+    messages = [{'role': 'system', 'content': CAT['input']}, {'role': 'user', 'content': CAT['instruction']}]
+    reply = llama.create_chat_completion(messages, temperature=0, max_tokens=8)
+    answer = get_tokenizer().decode(model.generate(encode_prompt(CAT), 8))
     assert reply['choices'][0]['message']['content'].strip() == answer.strip()
-    with pytest.raises(Exception, match='one user message'):
-        llama.create_chat_completion([{'role': 'system', 'content': 'x'}, {'role': 'user', 'content': 'x'}])
+    assert reply['usage']['prompt_tokens'] == len(encode_prompt(CAT))
+    with pytest.raises(Exception, match='the last message must be one of the user'):
+        llama.create_chat_completion([*messages, {'role': 'assistant', 'content': 'x'}])
+
+
+@needs('xllamacpp')
+def test_llama_cpps_server_takes_the_file(gguf_folder, model, tmp_path):
+    """It renders a dialogue at its start. A system message, and a message in parts, are as in training."""
+    code = f"""
+import json, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = {str(gguf_folder[0] / 'gpt2-2x32-F32.gguf')!r}
+params.n_parallel = params.cpuparams.n_threads = 1
+params.n_ctx = 256
+params.warmup = False
+server = xllamacpp.Server(params)
+parts = [{{'type': 'text', 'text': {CAT['instruction']!r}}}]
+chats = [[{{'role': 'system', 'content': {CAT['input']!r}}}, {{'role': 'user', 'content': {CAT['instruction']!r}}}],
+         [{{'role': 'system', 'content': {CAT['input']!r}}}, {{'role': 'user', 'content': parts}}]]
+replies = [server.handle_chat_completions({{'messages': chat, 'temperature': 0, 'max_tokens': 8}}) for chat in chats]
+json.dump(replies, open('replies.json', 'w'))
+"""
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True)
+    answer = get_tokenizer().decode(model.generate(encode_prompt(CAT), 8))
+    for reply in json.loads((tmp_path / 'replies.json').read_text()):
+        reply = json.loads(reply) if isinstance(reply, str) else reply
+        assert reply['choices'][0]['message']['content'].strip() == answer.strip()
+        assert reply['usage']['prompt_tokens'] == len(encode_prompt(CAT))
 
 
 @needs(*CONSUMERS)
@@ -544,23 +835,29 @@ def test_small_shape(tmp_path):
 
 @needs(*CONSUMERS)
 def test_the_demo_answers_alike_everywhere(tmp_path_factory):
-    """The demo's model, trained for less long: its answers to 300 test prompts are equal id by id in all programs."""
+    """The demo's model, trained for a little while on a tenth of its rows: its test answers are equal id by id in all programs."""
     folder = tmp_path_factory.mktemp('demo')
-    shutil.copytree(ROOT / 'data', folder / 'data', ignore=shutil.ignore_patterns('demo'))
+    (folder / 'data').mkdir()
+    for name in 'demo_start.pth', 'demo_start.json':
+        shutil.copy(ROOT / 'data' / name, folder / 'data')
+    (folder / 'data/demo.json').write_text(json.dumps(json.loads((ROOT / 'data/demo.json').read_text())[::10]))
     config = ROOT / 'config/demo.py'
     stage(folder, 'prepare.py', config)
-    stage(folder, 'train.py', config, '--max_steps=800', timeout=1200, env={'OMP_NUM_THREADS': '2'})
-    printed = stage(folder, 'export.py', config, '--to=huggingface,gguf,onnx,torchscript').stdout
+    stage(folder, 'train.py', config, '--max_steps=150')
+    formats = ['huggingface', 'gguf', 'onnx', 'torchscript']
+    printed = stage(folder, 'export.py', config, f'--to={",".join(formats)}').stdout
     assert printed.count('greedy ids of 3 of 3 prompts equal') == 5
-    model = GPT.from_pretrained(folder / 'out/demo/gpt2-3x128-sft.pth').eval()
-    rows = json.loads((folder / 'data/demo/test.json').read_text())['rows']
-    prompts = [encode_prompt(row) for row in rows]
-    answers = model.generate(prompts, 24)
-    assert len(prompts) == 900 and sum(map(len, answers)) > 900
-    for name in ('huggingface', 'gguf', 'onnx', 'torchscript'):
-        for one in open_exported(name, folder / 'out/demo/export' / name, model.config, '', ''):
-            assert one.generate(prompts[:300], 24) == answers[:300], name
+    [path] = (folder / 'out/demo').glob('*-sft.pth')
+    model = GPT.from_pretrained(path).eval()
+    prompts = [encode_prompt(row) for row in json.loads((folder / 'data/demo/test.json').read_text())['rows']]
+    answers = generate(model, prompts, 24)
+    assert len(prompts) == 90 and sum(map(len, answers)) > 400 and len(set(map(tuple, answers))) > 40
+    for name in formats:
+        for program, step in export.FORMATS[name].read(folder / 'out/demo/export' / name, '').items():
+            # torch's own programs keep no keys and values, and so take long
+            n = 20 if name == 'torchscript' else len(prompts)
+            found = [export.greedy_ids(step, [prompt], 24, model.config.block_size)[0] for prompt in prompts[:n]]
+            assert found == answers[:n], program
     # and the exported folder is a model for sample.py, too
-    stage(folder, 'sample.py', config, '--init_from=out/demo/export/huggingface', '--out_dir=out/again')
-    again = json.loads((folder / 'out/again/instruction-data-with-response.json').read_text())
-    assert [row['model_response'] for row in again] == [get_tokenizer().decode(ids).strip() for ids in answers]
+    again = GPT.from_pretrained(folder / 'out/demo/export/huggingface')
+    assert fingerprint(dict(again.named_parameters())) == fingerprint(dict(model.named_parameters()))
