@@ -181,21 +181,26 @@ def products(model, batch):
     _, targets, _, segments = batch
     everywhere = int((segments >= 0).sum())
     supervised = int((targets != IGNORE).sum())
-    parts = [[(p, everywhere) for p in block.parameters() if p.dim() == 2] for block in model.h]
+    parts = []
+    for block in model.h:
+        parts.append([(p, everywhere) for p in block.parameters() if p.dim() == 2])
     return parts + [[(model.wte.weight, supervised)]]
 
 
 def useful_flops(model, batches):
     """Mean FLOPs of a step: 6 x weights x positions."""
-    of_each = [sum(p.numel() * n for p, n in itertools.chain(*products(model, batch))) for batch in batches]
-    return 6 * statistics.mean(of_each)
+    total = 0
+    for batch in batches:
+        total += sum(p.numel() * n for p, n in itertools.chain(*products(model, batch)))
+    return 6 * total / len(batches)
 
 
 def bare_stepper(model, optimizer, batches):
     """A function that does the matrix products and AdamW of the next step, on random states, and nothing else."""
     turns = itertools.cycle([products(model, batch) for batch in batches])
     sizes = {size for p, _ in itertools.chain(*next(turns)) for size in p.shape}
-    states = {size: torch.randn(max(batch[0].numel() for batch in batches), size) for size in sizes}
+    most = max(batch[0].numel() for batch in batches)
+    states = {size: torch.randn(most, size) for size in sizes}
 
     @torch.no_grad()
     def step():
@@ -231,8 +236,9 @@ def trl(size, train, steps, device='cpu', bf16=False):
     ids, meta = train
     rows = []
     for i in choose(meta, 24):
-        start, answer, end = meta['start'][i], meta['answer'][i], meta['end'][i] - 1
-        rows.append({'prompt': prepare.detokenize(ids[start:answer]), 'completion': prepare.detokenize(ids[answer:end])})
+        prompt = ids[meta['start'][i]:meta['answer'][i]]
+        answer = ids[meta['answer'][i]:meta['end'][i] - 1]
+        rows.append({'prompt': prepare.detokenize(prompt), 'completion': prepare.detokenize(answer)})
     seconds = []
 
     class Clock(TrainerCallback):
@@ -285,7 +291,9 @@ def bench_train(args, data):
     found = compare(cases, args.turns, peers)
     ours = found['prefix']['seconds']
     names = {'trl': 'TRL SFTTrainer, completion-only'} | FORMS
-    positions = {form: f'{statistics.mean(batch[0].numel() for batch in batches(data[0], form)):.0f}' for form in FORMS}
+    positions = {}
+    for form in FORMS:
+        positions[form] = f'{statistics.mean(batch[0].numel() for batch in batches(data[0], form)):.0f}'
     rows = []
     for form, result in found.items():
         rows.append((names[form], positions.get(form, ''), two(result['seconds']), two(result['seconds'] / ours),
@@ -441,7 +449,8 @@ def bench_tricks(args, data):
             results['without'].append(child(what, args.size, more, flags=flags))
         cells = []
         for key, scale in ('seconds', 1), ('peak', 1e9):
-            cells += [two(statistics.median(result[key] for result in each) / scale) for each in results.values()]
+            for each in results.values():
+                cells.append(two(statistics.median(result[key] for result in each) / scale))
         rows.append((trick, f'{what}, {more}', *cells))
     table(f'tricks, {args.size}', ('trick', 'measured on', 's', 's without', 'peak GB', 'peak GB without'), rows)
 

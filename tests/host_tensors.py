@@ -26,7 +26,9 @@ class HostTensors(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.mixed, self.doubles, self.made = [], [], {'host': 0, 'device': 0}
+        self.mixed = []  # operations of host tensors and the device's
+        self.doubles = []  # operations that gave float64 on the device
+        self.made = {'host': 0, 'device': 0}  # how many tensors were made where
 
     def kind(self, tensor):
         return 'device' if isinstance(tensor, torch.nn.Parameter) else getattr(tensor, 'kind', None)
@@ -41,6 +43,7 @@ class HostTensors(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, '__name__', str(func))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        # tensors without dimensions may mix
         kinds = {self.kind(tensor) for tensor in inputs if tensor.dim() or func in JOINS} - {None}
         if len(kinds) == 2 and name not in COPIES:
             self.mixed.append(f'{name} of {[(self.kind(tensor), tuple(tensor.shape)) for tensor in inputs]}')

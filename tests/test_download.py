@@ -28,7 +28,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        server, path = self.server, self.path
+        server = self.server
+        path = self.path
         span = self.headers.get('Range')
         server.log.append((path, span))
         answers = server.answers.get(path, [])
@@ -37,12 +38,14 @@ class Handler(BaseHTTPRequestHandler):
         code = answer if isinstance(answer, int) else 404 if body is None else 200
         if code != 200:
             return self.answer(code, PAGE)
-        start, head = 0, {}
+        start = 0
+        head = {}
         if span and answer not in ('no ranges', 'page'):
             start = 0 if answer == 'other range' else int(span[6:-1])
             if start >= len(body):
                 return self.answer(416, b'')
-            code, head = 206, {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
+            code = 206
+            head = {'Content-Range': f'bytes {start}-{len(body) - 1}/{len(body)}'}
         if answer == 'slow':
             time.sleep(1)
         if answer in ('cut', 'stall', 'cut, no length'):
@@ -68,7 +71,10 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     """A server with .files {path: bytes}, .answers {path: what goes wrong, in turn} and .log [(path, Range)]; .url."""
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    server.files, server.answers, server.log, server.woken = {'/a': BODY, '/b': BODY}, {}, [], threading.Event()
+    server.files = {'/a': BODY, '/b': BODY}
+    server.answers = {}
+    server.log = []
+    server.woken = threading.Event()
     server.url = f'http://127.0.0.1:{server.server_port}'
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -204,7 +210,8 @@ def test_nobody_answers(server, tmp_path):
 
 def test_wrong_hash_is_not_kept(server, tmp_path):
     server.files['/a'] = b'?' + BODY[1:]
-    url, sha256 = server.url + '/a', hashlib.sha256(BODY).hexdigest()
+    url = server.url + '/a'
+    sha256 = hashlib.sha256(BODY).hexdigest()
     assert 'sha256' in fault_of(download, [url], tmp_path / 'file', len(BODY), sha256)
     assert not names_in(tmp_path)
     server.files['/a'] = BODY
@@ -243,7 +250,8 @@ def test_a_complete_cache_needs_no_lock(get, monkeypatch):
 
 
 def test_certificates_are_checked(get, monkeypatch):
-    asked, send = [], requests.Session.send
+    asked = []
+    send = requests.Session.send
     monkeypatch.setattr(requests.Session, 'send', lambda self, r, **k: asked.append(k['verify']) or send(self, r, **k))
     get()
     assert asked and all(asked)

@@ -41,11 +41,14 @@ def field(key, value):
 
 def table(entries, per_block, kind):
     """[(key, value)] in the order of keys -> a LevelDB table of blocks of per_block entries, their type byte being kind."""
-    out, handles = b'', []
+    out = b''
+    handles = []
 
     def add(entries):
         nonlocal out
-        block, restarts, last = b'', [], b''
+        block = b''
+        restarts = []
+        last = b''
         for i, (key, value) in enumerate(entries):
             shared = 0 if i % 16 == 0 else len(os.path.commonprefix([last, key]))
             restarts += [len(block)] if i % 16 == 0 else []
@@ -66,9 +69,11 @@ def table(entries, per_block, kind):
 
 def write_bundle(prefix, tensors, per_block=100, shards=1, gap=0, kind=0, header=None, extra=b'', dtype=1, more=0):
     """{variable: array} -> prefix.index and its data files; gap: bytes before each tensor; more: bytes its size is off."""
-    entries, files = [], [open(f'{prefix}.data-{i:05d}-of-{shards:05d}', 'wb') for i in range(shards)]
+    entries = []
+    files = [open(f'{prefix}.data-{i:05d}-of-{shards:05d}', 'wb') for i in range(shards)]
     for i, (name, array) in enumerate(reversed(tensors.items())):  # offsets are not in the order of the keys
-        file, data = files[i % shards], np.ascontiguousarray(array, '<f4').tobytes()
+        file = files[i % shards]
+        data = np.ascontiguousarray(array, '<f4').tobytes()
         file.write(b'x' * gap)
         shape = b''.join(field(2, field(1, size)) for size in array.shape)
         entry = field(1, dtype) + field(2, shape) + field(3, i % shards) + field(4, file.tell())
@@ -83,7 +88,8 @@ def write_bundle(prefix, tensors, per_block=100, shards=1, gap=0, kind=0, header
 
 def openai_tensors(shape, rng):
     """Random {variable: array} in OpenAI's names and shapes."""
-    C, shapes = shape['n_embd'], {}
+    C = shape['n_embd']
+    shapes = {}
     for i in range(shape['n_layer']):
         layers = {'attn/c_attn': (C, 3 * C), 'attn/c_proj': (C, C), 'mlp/c_fc': (C, 4 * C), 'mlp/c_proj': (4 * C, C)}
         for name, (width, to) in layers.items():
@@ -136,8 +142,9 @@ def reference():
 @torch.no_grad()
 def test_logits_are_openais(reference, monkeypatch):
     expected = np.load(TINY / 'expected.npz')
-    for ids, logits in ('tokens', 'logits'), ('long_tokens', 'long_logits_tail'):
-        ids, logits = torch.from_numpy(expected[ids]).long(), torch.from_numpy(expected[logits])
+    for tokens, result in ('tokens', 'logits'), ('long_tokens', 'long_logits_tail'):
+        ids = torch.from_numpy(expected[tokens]).long()
+        logits = torch.from_numpy(expected[result])
         torch.testing.assert_close(reference(ids), logits, atol=5e-5, rtol=0)
     # the tolerance is tight enough to see another GELU
     gelu = torch.nn.functional.gelu
@@ -312,7 +319,8 @@ def test_half_precision_loads_as_fp32(tmp_path, reference, dtype):
 
 
 def test_sharded_safetensors(tmp_path, reference):
-    tensors, shards = list(huggingface_tensors(reference, 'transformer.').items()), {}
+    tensors = list(huggingface_tensors(reference, 'transformer.').items())
+    shards = {}
     for i in range(3):
         name = f'model-{i + 1:05d}-of-00003.safetensors'
         write_safetensors(tmp_path, reference, dict(tensors[i::3]), name)
@@ -588,11 +596,12 @@ def test_chapter_7s_models_load(tmp_path, wrapped):
               'final': ('final_norm.scale', 'final_norm.shift')}
 
     def get(kind, layer=None):
-        weight, bias = others.get(kind, ('', ''))
-        if kind in names:
-            weight, bias = f'trf_blocks.{layer}.{names[kind]}.weight', f'trf_blocks.{layer}.{names[kind]}.bias'
-        elif layer is not None:
-            weight, bias = f'trf_blocks.{layer}.{kind}.scale', f'trf_blocks.{layer}.{kind}.shift'
+        if kind in others:
+            weight, bias = others[kind]
+        elif kind in names:
+            weight, bias = (f'trf_blocks.{layer}.{names[kind]}.{part}' for part in ('weight', 'bias'))
+        else:
+            weight, bias = (f'trf_blocks.{layer}.{kind}.{part}' for part in ('scale', 'shift'))
         return state[weight], state.get(bias)
 
     ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -635,7 +644,8 @@ def test_nanogpts_checkpoints_load(tmp_path, has_biases):
 
     def get(kind, layer=None):
         if kind in ('query', 'key', 'value'):
-            rows = slice(width * ('query', 'key', 'value').index(kind), width * (('query', 'key', 'value').index(kind) + 1))
+            first = width * ('query', 'key', 'value').index(kind)
+            rows = slice(first, first + width)
             bias = state.get(f'h.{layer}.attn.c_attn.bias')
             return state[f'h.{layer}.attn.c_attn.weight'][rows], None if bias is None else bias[rows]
         name = others.get(kind) or f'h.{layer}.{names[kind]}'
@@ -648,7 +658,8 @@ def test_nanogpts_checkpoints_load(tmp_path, has_biases):
 @pytest.mark.parametrize('form', ['openai', 'pth', 'safetensors'])
 def test_mapped_weights_are_the_same_and_the_file_stays_as_it_is(tmp_path, form):
     from safetensors.torch import save_file
-    where, plain = TINY, GPT.from_pretrained(TINY)
+    where = TINY
+    plain = GPT.from_pretrained(TINY)
     if form == 'pth':
         where = tmp_path / 'tiny-sft.pth'
         torch.save(plain.state_dict(), where)

@@ -72,7 +72,11 @@ def begun(train, three_steps, tmp_path):
 
 def steps(records):
     """The training records without their times."""
-    return [{key: value for key, value in record.items() if key != 'seconds'} for record in records if 'loss' in record]
+    found = []
+    for record in records:
+        if 'loss' in record:
+            found.append({key: value for key, value in record.items() if key != 'seconds'})
+    return found
 
 
 def losses(records):
@@ -184,8 +188,8 @@ def test_an_epoch_takes_every_row_once(train):
     meta = read_split('tiny', 'train').meta
     n_steps = math.ceil(meta['examples'] / 8)
     assert len(records) == 2 * n_steps
-    tokens = [sum(record['tokens'] for record in epoch) for epoch in (records[:n_steps], records[n_steps:])]
-    assert tokens == [meta['tokens'], meta['tokens']]
+    for epoch in records[:n_steps], records[n_steps:]:
+        assert sum(record['tokens'] for record in epoch) == meta['tokens']
     assert records[0]['supervised_tokens'] != records[n_steps]['supervised_tokens']  # another order
     assert train.shown.stdout.count('reference:') == 6  # three val prompts, answered at the end of each
 
@@ -323,17 +327,18 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(train, tmp_path, nu
         assert steps(resumed) == steps(train(f'--max_steps={step + 2}', out='whole'))
 
 
-# counts the batches that are made, and sends itself a signal with the one that --stop_at names
+# counts the batches that are made, and gets a signal with one of them
 COUNT_BATCHES = '''
 import atexit, os, signal, prepare
 calls = []
-def make_batch(*args, calls=calls, make_batch=prepare.make_batch, os=os, signal=signal, **kwargs):
+real = prepare.make_batch
+def make_batch(*args, **kwargs):
     calls.append(1)
     if len(calls) == {at}:
         os.kill(os.getpid(), signal.SIGTERM)
-    return make_batch(*args, **kwargs)
+    return real(*args, **kwargs)
 prepare.make_batch = make_batch
-atexit.register(lambda calls=calls: print(len(calls), 'batches'))
+atexit.register(lambda: print(len(calls), 'batches'))
 '''
 
 
@@ -359,7 +364,7 @@ def test_a_run_that_is_stopped_before_its_first_evaluation_leaves_a_model_that_a
 
 
 def test_a_second_signal_ends_at_once(train):
-    wait = 'import engine, time; engine.generate = lambda *args, sleep=time.sleep, **kwargs: print("waiting", flush=True) or sleep(60)'
+    wait = 'import engine, time; engine.generate = lambda *args, **kwargs: print("waiting", flush=True) or time.sleep(60)'
     process = train.start('--epochs=2', '--sample_every_epoch=True', first=wait)
     while 'waiting' not in process.output()[0]:
         time.sleep(0.01)
@@ -448,9 +453,10 @@ def test_checkpoints_of_format_1_go_on(train, begun):
 # prints the memory that the stage took beyond what it had at its start, in kB, and whether the checkpoint is still mapped
 MEASURE = '''
 import atexit, re
-def memory(key, re=re):
+def memory(key):
     return int(re.search(rf'{key}:\\s*(\\d+) kB', open('/proc/self/status').read())[1])
-atexit.register(lambda before=memory('VmRSS'): print('\\npeak', memory('VmHWM') - before, 'ckpt.pt' in open('/proc/self/maps').read()))
+before = memory('VmRSS')
+atexit.register(lambda: print('\\npeak', memory('VmHWM') - before, 'ckpt.pt' in open('/proc/self/maps').read()))
 '''
 
 
@@ -492,8 +498,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, begun):
 
 FULL_LOG = '''
 import builtins
-def open(path, mode='r', *args, real=builtins.open, **kwargs):
-    return real('/dev/full' if str(path).endswith('log.jsonl') and mode == 'a' else path, mode, *args, **kwargs)
+real = builtins.open
+def open(path, mode='r', *args, **kwargs):
+    if str(path).endswith('log.jsonl') and mode == 'a':
+        path = '/dev/full'
+    return real(path, mode, *args, **kwargs)
 builtins.open = open
 '''
 
@@ -509,7 +518,7 @@ def test_a_full_disk_ends_the_log_in_one_line(train, begun):
     'torch.empty(1 << 50)', 'bytearray(1 << 60)', "(_ for _ in ()).throw(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.\\nMore'))"],
     ids=['torch on a CPU', 'Python', 'torch on a GPU'])
 def test_out_of_memory_is_one_line_that_says_what_to_lower(train, allocate):
-    train(first=f'import torch; import model; model.GPT.forward = lambda *args, torch=torch, **kwargs: {allocate}', code=2)
+    train(first=f'import torch; import model; model.GPT.forward = lambda *args, **kwargs: {allocate}', code=2)
     assert 'out of memory; lower batch_size' in train.shown.stderr and 'lora_rank' in train.shown.stderr
 
 
@@ -585,7 +594,8 @@ def test_a_fresh_start_moves_another_runs_files_aside(train, begun):
 KILLED_WHILE_MOVING = '''
 import os, pathlib
 moved = []
-def rename(path, target, real=pathlib.Path.rename, moved=moved, os=os):
+real = pathlib.Path.rename
+def rename(path, target):
     moved.append(path)
     if len(moved) == {at}:
         os._exit(9)
@@ -755,13 +765,14 @@ import torch
 kept = []
 shapes = [(96, 32), (32, 32), (128, 32), (32, 128)]
 shapes += [shape[::-1] for shape in shapes]
-def pack(tensor, kept=kept, shapes=shapes, torch=torch):
+def pack(tensor):
     if tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes:
         kept.append(tensor.untyped_storage())
     return tensor
 hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 hooks.__enter__()
-def backward(self, *args, kept=kept, real=torch.Tensor.backward, **kwargs):
+real = torch.Tensor.backward
+def backward(self, *args, **kwargs):
     print('saved', len(kept), sum({storage._cdata: storage.nbytes() for storage in kept}.values()))
     kept.clear()
     return real(self, *args, **kwargs)
