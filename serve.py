@@ -112,18 +112,20 @@ PHONE = re.compile(rf'''(?<![\w.(+/-])(?:
 # numbers that only a word before them tells from any other
 BARE_PHONE = re.compile(rf'(?<![\w.(+/-])\(?[0-9](?:(?:{SPACE}|[./-])?[()]?[0-9]){{6,13}}(?![\w]|[./-][0-9])')
 PHONE_WORD = re.compile(
-    r'(?:\b(?:call|dial|ring|phone|telephone|tel|mobile|landline|fax|sms|whatsapp|(?:text|reach) (?:me|us|him|her)'
-    r'|hotline|helpline|voicemail|my (?:number|cell)|pick up|telefon|handy|rufnummer|ruf|anruf|téléphone'
-    r'|mon portable|appel|joindre|teléfono|móvil|llam|llám)\w*|☎)[^!?\n]{0,30}$', re.IGNORECASE)
-NO_PHONE = re.compile(  # dates, times, ranges of years or of round numbers
-    r'(?<![0-9.])[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{4}|[0-9]{2})(?!\1?[0-9])|[0-9]{4}([./-])[0-9]{2}\2[0-9]{2}'
-    r'|[0-9]{1,2}\.[0-9]{2}-[0-9]{1,2}\.[0-9]{2}|\b(?:19|20)[0-9]{2}[/-](?:19|20)[0-9]{2}\b|\b[1-9][0-9]*0-[1-9][0-9]*00\b')
+    r'(?:\b(?:call|dial|ring|phone|telephone|tel|mobile|landline|fax|sms|whatsapp|hotline|helpline|voicemail'
+    r'|(?:text|reach) (?:me|us|him|her)|my (?:number|cell)|pick up|telefon|handy|rufnummer|ruf|anruf'
+    r'|téléphone|mon portable|appel|joindre|teléfono|móvil|llam|llám)\w*|☎)[^!?\n]{0,30}$', re.IGNORECASE)
+NO_PHONE = re.compile('|'.join([
+    r'(?<![0-9.])[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{4}|[0-9]{2})(?!\1?[0-9])',  # 17.05.2024, 5/17/24
+    r'[0-9]{4}([./-])[0-9]{2}\2[0-9]{2}',  # 2024-05-17
+    r'[0-9]{1,2}\.[0-9]{2}-[0-9]{1,2}\.[0-9]{2}',  # 08.30-17.00
+    r'\b(?:19|20)[0-9]{2}[/-](?:19|20)[0-9]{2}\b',  # 1990-2000
+    r'\b[1-9][0-9]*0-[1-9][0-9]*00\b']))  # 500-1000
 THOUSANDS = re.compile(r'\+?[0-9]{1,3}(?:[ .\u00a0\u202f][0-9]{3})+')
 WORD = re.compile(r'(?<!\w)\w(?:[\w@$!]{0,40}\w)?')
 LEET = str.maketrans('01345@$!', 'oieasasi')
 MEASURE = re.compile('[0-9]+[a-z]{1,2}')  # 45s is a time
-RUDE = {line.strip() for line in Path(__file__).with_name('data').joinpath('rude_words.txt').open(encoding='utf-8')
-        if not line.startswith('#')}
+RUDE = set((Path(__file__).parent / 'data/rude_words.txt').read_text(encoding='utf-8').splitlines())
 
 
 def cuts(match):
@@ -189,7 +191,7 @@ chain = [name.strip() for name in filters.split(',') if name.strip()]
 
 
 def replace(kind, pattern, size_of, text):
-    """The text with [kind] in place of what a finder finds; the search goes on within a match that is not one."""
+    """The text with [kind] in place of what is found; the search goes on within a match that is none."""
     parts = []
     end = 0
     match = pattern.search(text)
@@ -218,7 +220,7 @@ IBAN_BEGUN = re.compile(rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|
 
 
 def final_size(text):
-    """How many characters of an unfinished text are final: nothing that is masked can reach over their end."""
+    """How many characters of an unfinished text are final: no match can reach over their end."""
     if 'patterns' in chain or RESPONSE_HEADER.strip().startswith(text):
         return 0  # patterns may need all of it; and a header is no part of an answer
     if not chain:
@@ -249,7 +251,7 @@ Gauge('active_rows', 'answers that are being computed').set_function(lambda: sum
     len(model.engine.scheduler.running) for model in served.values()))
 Gauge('waiting_rows', 'answers that wait for room').set_function(lambda: n_waiting())
 new_tokens = Counter('new_tokens', 'generated')
-first_token = Histogram('first_token_seconds', 'from a request to the first token of an answer')
+first_token_seconds = Histogram('first_token_seconds', 'from a request to the first token of an answer')
 
 
 class Served(NamedTuple):
@@ -270,14 +272,15 @@ class Answer(Sequence):
 
     def __init__(self, config, asked, prompt, number, changed):
         limit = max_new_tokens if asked.max_tokens < 0 else min(asked.max_tokens, max_new_tokens)
-        super().__init__(config, prompt.ids, max(limit, 1), asked.temperature, asked.top_k, asked.seed + number)
+        seed = asked.seed + number
+        super().__init__(config, prompt.ids, max(limit, 1), asked.temperature, asked.top_k, seed)
         self.is_raw = prompt.is_raw
         self.stop = asked.stop
         self.n_top = asked.n_top
         self.echo = prompt.text if asked.echo and prompt.is_raw else ''
         self.scores_prompt = bool(self.echo) and asked.n_top >= 0
-        self.wants_none = limit == 0  # of the new ids: of the prompt alone
-        self.prompt_tokens = [token_record(prompt.ids[0], None)]  # records of the prompt's ids, if it is scored
+        self.wants_none = limit == 0  # no new ids: the prompt alone
+        self.prompt_tokens = [token_record(prompt.ids[0], None)]  # the prompt's records, if it is scored
         self.changed = changed
         self.began = time.monotonic()
         self.first_token = 0.0
@@ -304,7 +307,7 @@ class Answer(Sequence):
         new_tokens.inc()
         if not self.first_token:
             self.first_token = time.monotonic()
-            first_token.observe(self.first_token - self.began)
+            first_token_seconds.observe(self.first_token - self.began)
         self.ended = 'length' if self.wants_none else self.finish_reason
         if not self.wants_none:
             self.read_text(record)
@@ -326,7 +329,7 @@ class Answer(Sequence):
             self.ended = 'stop'
 
     def take(self):
-        """The Piece that became final since the last call, or None. Its tokens are None where a filter masked."""
+        """The Piece that is final since the last call, or None; its tokens are None where a filter masked."""
         if not self.first_token and not self.ended:
             return None
         size = len(self.text)
@@ -374,7 +377,7 @@ def token_text(data, prefix=''):
 
 
 def score(ids, logits, n_top):
-    """The records of ids, each with the n_top likeliest by its logits (n, vocab), but for those that filters mask."""
+    """Records of ids by their logits (n, vocab), each with the n_top likeliest that no filter masks."""
     logprobs = logits.float().log_softmax(dim=1)
     likeliest = logprobs.topk(n_top)
     records = []
@@ -430,8 +433,8 @@ class ServingEngine(Engine):
 
     def step_safely(self):
         """
-        Let the arrived in and the ended out, and compute a step: [(answer, the record of its new id)], in place
-        of the record None if it is not asked for, or an exception.
+        Let the arrived in and the ended out, and compute a step: [(answer, the record of its new id)]. The
+        record is None where nobody asked for it, an exception where the answer failed.
         """
         while self.arrived:
             self.add(self.arrived.popleft())
@@ -445,15 +448,20 @@ class ServingEngine(Engine):
             return self.step_one_by_one()
         return self.record(answers, logits)
 
+    @torch.no_grad()
     def record(self, answers, logits):
-        with torch.no_grad():
-            return [(answer, score(answer.ids[-1:], logits[i:i + 1], answer.n_top)[0] if answer.n_top >= 0 else None)
-                    for i, answer in enumerate(answers)]
+        found = []
+        for i, answer in enumerate(answers):
+            records = [None]
+            if answer.n_top >= 0:
+                records = score(answer.ids[-1:], logits[i:i + 1], answer.n_top)
+            found.append((answer, records[0]))
+        return found
 
     def step_one_by_one(self):
         """
-        After a step that failed: let each answer that ran compute an id alone, and fail those that cannot. The
-        others begin again with all their ids, which takes a moment and changes nothing.
+        After a step that failed: let each answer that ran compute an id alone; those that cannot have failed.
+        The others begin again with all their ids, which takes a moment and changes nothing.
         """
         running = self.scheduler.running[:]
         waiting = list(self.scheduler.waiting)
@@ -462,6 +470,8 @@ class ServingEngine(Engine):
         for answer in running:
             self.clear()
             self.add(answer)
+            if answer.scores_prompt:
+                del answer.prompt_tokens[1:]
             answers = []
             try:
                 while not answers:
@@ -473,7 +483,6 @@ class ServingEngine(Engine):
         if not failed:
             self.scheduler.max_running = max(1, len(running) // 2)  # together they were too many
         for answer in [answer for answer, _ in found if not answer.finish_reason] + waiting:
-            answer.n_cached = 0
             self.add(answer)
         return found + failed
 
@@ -493,7 +502,7 @@ class ServingEngine(Engine):
 
 
 async def compute():
-    """The task that computes: a step of each engine in turn, in the thread, so that requests are read meanwhile."""
+    """The task that computes: a step of each engine in turn, in the thread; requests are read meanwhile."""
     while True:
         for engine in [model.engine for model in served.values()]:
             if engine.has_work():
@@ -518,7 +527,8 @@ async def compute_step(engine):
                 answer.on_token(record)
     except Exception as error:  # the server outlives any request
         traceback.print_exc()
-        for answer in list(unfinished):
+        await run_in_thread(engine.clear)
+        for answer in unfinished:
             answer.fail(error)
     await asyncio.sleep(0)  # requests look at it now: beside a step they would slow it down
 
@@ -602,9 +612,12 @@ async def parse_request(request, headers):
     known = FIELDS
     if request.scope['path'].startswith('/api/'):
         known = FIELDS - {'n', 'echo'}
-    ignored = [key for key, value in fields.items() if key not in known and value and value != NEUTRAL.get(key)]
+    ignored = []
+    for key in fields.keys() - known:
+        if fields[key] and fields[key] != NEUTRAL.get(key):
+            ignored.append(re.sub(r'[^\w.-]', '?', key, flags=re.ASCII)[:40])
     if ignored:
-        headers['X-Ignored'] = ', '.join(re.sub(r'[^\w.-]', '?', key, flags=re.ASCII)[:40] for key in ignored[:20])
+        headers['X-Ignored'] = ', '.join(sorted(ignored)[:20])
     try:
         asked = GenerateRequest(**{key: value for key, value in fields.items() if key in known})
     except ValidationError as error:
@@ -664,9 +677,10 @@ def read_prompts(asked, is_raw, headers):
     """The Prompts of a request. headers tell which kinds of text were masked."""
     masked = set()
     if is_raw:
-        is_list = isinstance(asked.prompt, list) and asked.prompt and not isinstance(asked.prompt[0], int)
+        given = asked.prompt
+        is_single = isinstance(given, str) or not given or isinstance(given[0], int)
         vocab_size = served[asked.model].engine.model.config.vocab_size
-        prompts = [raw_prompt(prompt, vocab_size, masked) for prompt in (asked.prompt if is_list else [asked.prompt])]
+        prompts = [raw_prompt(prompt, vocab_size, masked) for prompt in ([given] if is_single else given)]
     else:
         prompts = [template_prompt(asked, headers, masked)]
     if masked:
@@ -765,8 +779,8 @@ def check_access(request: Request):
     name = re.sub(r':[0-9]+$', '', headers.get('host', ''))
     if not key and not without_key and name not in LOOPBACK:
         raise HTTPException(403, 'under a name other than localhost a key is needed')  # against DNS rebinding
-    # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no page of
-    # another origin may send this header
+    # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no other
+    # page may send this header
     origin = headers.get('origin')
     is_foreign = bool(origin) and urlsplit(origin).netloc != headers.get('host')
     if is_foreign and request.method == 'POST' and not has_key and 'x-requested-with' not in headers:
@@ -789,7 +803,8 @@ def error_body(is_ollama, status, message):
 @app.exception_handler(HTTPException)
 async def on_error(request, error):
     is_ollama = request.scope['path'].startswith('/api/')
-    return JSONResponse(error_body(is_ollama, error.status_code, error.detail), error.status_code, error.headers)
+    body = error_body(is_ollama, error.status_code, error.detail)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 @app.post('/v1/completions')
@@ -803,8 +818,8 @@ async def generate(request: Request):
     headers = {}
     asked = await parse_request(request, headers)
     if is_ollama and not asked.messages and not asked.prompt:  # so its clients load a model
-        return {'model': asked.model, 'created_at': now(), 'response': '', 'done': True, 'done_reason': 'load',
-                'message': {'role': 'assistant', 'content': ''}}
+        return {'model': asked.model, 'created_at': now(), 'response': '', 'done': True,
+                'done_reason': 'load', 'message': {'role': 'assistant', 'content': ''}}
     is_raw = not is_chat and (asked.raw or not is_ollama)
     answers = enqueue(asked, read_prompts(asked, is_raw, headers))
     reply = (OllamaReply if is_ollama else OpenAIReply)(asked, answers, is_chat)
@@ -818,19 +833,26 @@ async def generate(request: Request):
     return JSONResponse(reply.whole(pieces), headers=headers)
 
 
-# -----------------------------------------------------------------------------
-# OpenAI's dialect
-
-class OpenAIReply:
-    media_type = 'text/event-stream'
+class Reply:
+    """The answers to a request, in a dialect."""
 
     def __init__(self, asked, answers, is_chat):
         self.asked = asked
         self.answers = answers
         self.is_chat = is_chat
-        self.head = {'id': ('chatcmpl-' if is_chat else 'cmpl-') + secrets.token_hex(12),
-                     'object': 'chat.completion' if is_chat else 'text_completion',
-                     'created': int(time.time()), 'model': asked.model}
+        self.id = ('chatcmpl-' if is_chat else 'cmpl-') + secrets.token_hex(12)
+        self.created = int(time.time())
+
+
+# -----------------------------------------------------------------------------
+# OpenAI's dialect
+
+class OpenAIReply(Reply):
+    media_type = 'text/event-stream'
+
+    def head(self, ending=''):
+        kind = 'chat.completion' + ending if self.is_chat else 'text_completion'
+        return {'id': self.id, 'object': kind, 'created': self.created, 'model': self.asked.model}
 
     def usage(self):
         n_read = sum(answer.n_prompt for answer in self.answers) // self.asked.n
@@ -859,16 +881,15 @@ class OpenAIReply:
         if self.is_chat:
             role = {'role': 'assistant'} if piece.is_first else {}
             content = {name: role | {'content': piece.text}}
-        reason = piece.answer.ended if piece.is_last else None
-        return {'index': piece.answer.index, **content, 'logprobs': self.logprobs(piece), 'finish_reason': reason}
+        return {'index': piece.answer.index, **content, 'logprobs': self.logprobs(piece),
+                'finish_reason': piece.answer.ended if piece.is_last else None}
 
     def whole(self, pieces):
-        return self.head | {'choices': [self.choice(piece, 'message') for piece in pieces], 'usage': self.usage()}
+        choices = [self.choice(piece, 'message') for piece in pieces]
+        return self.head() | {'choices': choices, 'usage': self.usage()}
 
     async def lines(self):
-        head = dict(self.head)
-        if self.is_chat:
-            head['object'] = 'chat.completion.chunk'
+        head = self.head('.chunk')
         async for piece in stream_pieces(self.answers):
             yield event(head | {'choices': [self.choice(piece, 'delta')]})
         for answer in self.answers:
@@ -887,8 +908,8 @@ def event(body):
 async def model_json(name: str):
     name = find_model(name)
     about = served[name].about
-    return {'id': name, 'object': 'model', 'created': STARTED, 'owned_by': 'gpt2-sft', 'root': about['digest'],
-            'examples': served[name].examples}
+    return {'id': name, 'object': 'model', 'created': STARTED, 'owned_by': 'gpt2-sft',
+            'root': about['digest'], 'examples': served[name].examples}
 
 
 @app.api_route('/v1/models', methods=READ)
@@ -903,13 +924,8 @@ def now():
     return datetime.now(UTC).isoformat()
 
 
-class OllamaReply:
+class OllamaReply(Reply):
     media_type = 'application/x-ndjson'
-
-    def __init__(self, asked, answers, is_chat):
-        self.asked = asked
-        self.answers = answers
-        self.is_chat = is_chat
 
     def part(self, piece):
         answer = piece.answer
@@ -929,7 +945,7 @@ class OllamaReply:
         return part
 
     def whole(self, pieces):
-        return [self.part(piece) for piece in pieces][0]
+        return self.part(pieces[0])
 
     async def lines(self):
         async for piece in stream_pieces(self.answers):
@@ -991,7 +1007,7 @@ STARTED = int(time.time())
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1, closing a connection on which a request's head does not come in time. uvicorn waits for ever."""
+    """HTTP/1.1 that closes a connection on which a request's head does not come in time: uvicorn waits."""
     head_timer = None
 
     def connection_made(self, transport):
@@ -1051,7 +1067,8 @@ def find_examples(about):
     for row in rows['rows']:
         family = row.get('family') or ' '.join(row['instruction'].split()[:3])
         if len(row['instruction'] + row['input']) < 200:
-            examples.setdefault(family, {key: row[key] for key in ('instruction', 'input')} | {'title': family})
+            example = {'title': family, 'instruction': row['instruction'], 'input': row['input']}
+            examples.setdefault(family, example)
     return list(examples.values())[:6]
 
 
@@ -1059,7 +1076,8 @@ def describe(name, loaded):
     """A model as Ollama's dialect lists it."""
     size = sum(p.numel() for p in loaded.model.parameters())
     return {
-        'name': name, 'model': name, 'modified_at': now(), 'size': 4 * size, 'digest': loaded.made_of['weights'],
+        'name': name, 'model': name, 'modified_at': now(), 'size': 4 * size,
+        'digest': loaded.made_of['weights'],
         'details': {'format': 'pytorch', 'family': 'gpt2', 'families': ['gpt2'], 'parent_model': '',
                     'parameter_size': f'{size / 1e6:.0f}M', 'quantization_level': 'F32'},
         'model_info': {'general.architecture': 'gpt2', 'gpt2.context_length': loaded.model.config.block_size},
@@ -1088,7 +1106,7 @@ def load_models():
 
 
 async def run_until_one_ends(listener):
-    """Serve and compute. SIGTERM and Ctrl-C: no new connections, those who wait are answered, exit status 0."""
+    """Serve and compute. SIGTERM and Ctrl-C: no new connections, those who wait are answered, exit code 0."""
     server = uvicorn.Server(uvicorn.Config(
         app, http=TimedProtocol, ws='none', log_level='warning', access_log=False, lifespan='off',
         timeout_graceful_shutdown=request_timeout))

@@ -245,12 +245,12 @@ def test_system_messages_go_into_the_input(url):
 
 def test_settings_that_are_not_built_are_named_in_a_header(url):
     """Values that change nothing are not; and what is named cannot break the header."""
-    for more, named in (({'top_p': 0.5, 'tools': [{}], 'user\r\nX-Evil: 1': 'x'}, 'top_p, tools, user??X-Evil??1'),
+    for more, named in (({'top_p': 0.5, 'tools': [{}], 'user\r\nX-Evil: 1': 'x'}, 'tools, top_p, user??X-Evil??1'),
                         ({'top_p': 1, 'presence_penalty': 0, 'tools': None, 'n': 1, 'response_format': {'type': 'text'}}, None),
                         ({'seed': 1, 'top_k': 3, 'stop': 'x', 'temperature': 1}, None)):
         assert chat(url, QUESTIONS[0], max_tokens=1, **more).headers.get('X-Ignored') == named
     body = {'prompt': 'Hello.', 'stream': False, 'n': 3, 'format': 'json', 'options': {'num_predict': 1, 'repeat_penalty': 1.3, 'top_p': 1}}
-    assert requests.post(url + '/api/generate', json=body).headers['X-Ignored'] == 'n, format, repeat_penalty'
+    assert requests.post(url + '/api/generate', json=body).headers['X-Ignored'] == 'format, n, repeat_penalty'
 
 
 def test_stop_sequences(url):
