@@ -107,8 +107,8 @@ def ask(client, server):
     """ask(kind) -> the reply to one question, as {text, tries, [fault]}."""
 
     def ask(kind='ollama', **options):
-        its_client = client(kind, **options)
-        return its_client.ask(its_client.body('Score it.', 123))
+        judge_client = client(kind, **options)
+        return judge_client.ask(judge_client.body('Score it.', 123))
     server.opinion = lambda prompt: '{"score": 85}'
     return ask
 
@@ -379,14 +379,16 @@ def test_ctrl_c_ends_a_run_against_a_server_that_hangs_and_keeps_what_came(judge
     path = tmp_path / 'out/judge.jsonl'
     # with several workers the others go on while one waits
     n_replies = 6 if n_workers == 1 else 10
-    process = Started(tmp_path, [ROOT / 'judge.py', '--calibrate=0', f'--judge_workers={n_workers}'], {'OLLAMA_HOST': server.url})
+    # tests that run in the background ignore the signal, which the stage would inherit
+    heeds = 'import signal; signal.signal(signal.SIGINT, signal.default_int_handler)'
+    process = Started(tmp_path, [ROOT / 'judge.py', '--calibrate=0', f'--judge_workers={n_workers}'], {'OLLAMA_HOST': server.url}, heeds)
     until = time.monotonic() + 60
     while len(read_jsonl(path)) < n_replies or len(server.asked) < n_replies + 1:
         assert time.monotonic() < until, process.output()
         time.sleep(0.01)
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait() == 130
+    assert process.wait(timeout=20) == 130
     assert time.monotonic() - began < 2
     assert process.output()[1] == 'judge.py: interrupted\n'
     assert len(read_jsonl(path)) == n_replies
@@ -394,6 +396,37 @@ def test_ctrl_c_ends_a_run_against_a_server_that_hangs_and_keeps_what_came(judge
     server.scripts.clear()
     judge()
     assert len(server.asked) == n_replies + 1 + (11 - n_replies)
+
+
+def test_replies_that_came_before_ctrl_c_but_were_not_kept_yet_are_kept(ask_three, server, tmp_path, monkeypatch):
+
+    class InterruptedBar:
+        """A progress bar at which Ctrl-C is pressed after its first step, when all replies have come."""
+        disable = True
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __iter__(self):
+            yield 0
+            until = time.monotonic() + 10
+            while server.n_answered < 3 and time.monotonic() < until:
+                time.sleep(0.01)
+            time.sleep(0.2)  # until the worker has put the last one into its queue
+            raise KeyboardInterrupt
+
+    answers = stage.Server.ask
+    server.n_answered = 0
+
+    def count(judge_client, body):
+        reply = answers(judge_client, body)
+        server.n_answered += 1
+        return reply
+    monkeypatch.setattr(stage.Server, 'ask', count)
+    monkeypatch.setattr(stage, 'tqdm', InterruptedBar)
+    with pytest.raises(KeyboardInterrupt):
+        ask_three()
+    assert len(read_jsonl(tmp_path / 'judge.jsonl')) == 3
 
 
 def test_workers_keep_the_order(judge, server, tmp_path):
@@ -597,9 +630,9 @@ def test_an_option_that_a_server_refuses_is_left_out_or_renamed(ask, server, kin
 def test_an_option_is_left_out_from_the_first_refusal_on(client, server):
     server.kind = 'Mistral'
     server.opinion = lambda prompt: '{"score": 85}'
-    its_client = client('openai')
+    judge_client = client('openai')
     for n in range(3):
-        assert 'fault' not in its_client.ask(its_client.body(f'Score {n}.', 123))
+        assert 'fault' not in judge_client.ask(judge_client.body(f'Score {n}.', 123))
     assert server.paths.count('/v1/chat/completions') == 3 + 1
 
 
@@ -865,7 +898,7 @@ SCORES = {
     'bad ones': lambda draw, n: np.where(draw.random(n) < .7, draw.integers(0, 3, n), draw.integers(0, 21, n)) * 5.0,
     'around the middle': lambda draw, n: np.clip(draw.normal(50, 25, n), 0, 100),
     'right or wrong': lambda draw, n: (draw.random(n) < .5) * 100.0,
-    'as llama3 gives them': lambda draw, n: np.where(draw.random(n) < .15, 0, np.where(
+    'round numbers and zeros': lambda draw, n: np.where(draw.random(n) < .15, 0, np.where(
         draw.random(n) < .5, draw.choice([80, 85, 90, 95, 98, 100], n), draw.choice([10, 20, 40, 50, 60], n))),
 }
 
