@@ -438,7 +438,7 @@ def read_gguf(folder, base):
 
 def read_onnx(folder, base):
     from onnxruntime import InferenceSession
-    session = InferenceSession(newest(folder.glob('onnx/*.onnx')))
+    session = InferenceSession(max(folder.glob('onnx/*.onnx')))  # model_quantized.onnx, if it is there
     names = [value.name for value in session.get_inputs()]
     _, n_head, _, head_size = session.get_inputs()[-1].shape
 

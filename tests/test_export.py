@@ -431,9 +431,12 @@ def feeds(model, ids, past=None, mask=None, positions=None):
     ids = np.array(ids)
     c = model.config
     past = past or [np.zeros((len(ids), c.n_head, 0, c.n_embd // c.n_head), np.float32)] * (2 * c.n_layer)
-    P, T = past[0].shape[2], ids.shape[1]
-    inputs = {'input_ids': ids, 'attention_mask': np.ones((len(ids), P + T), int) if mask is None else np.array(mask),
-              'position_ids': np.tile(np.arange(P, P + T), (len(ids), 1)) if positions is None else np.array(positions)}
+    start = past[0].shape[2]
+    end = start + ids.shape[1]
+    if mask is None:
+        mask = np.ones((len(ids), end), int)
+        positions = np.tile(np.arange(start, end), (len(ids), 1))
+    inputs = {'input_ids': ids, 'attention_mask': np.array(mask), 'position_ids': np.array(positions)}
     return inputs | {f'past_key_values.{i // 2}.{("key", "value")[i % 2]}': kv for i, kv in enumerate(past)}
 
 
@@ -478,7 +481,8 @@ def test_onnx_prefill_decode_and_pads(onnx, model):
     np.testing.assert_allclose(logits[0], expected[4:], atol=1e-5)
     assert past[0].shape == (1, 2, len(IDS), 16)
     # a batch, padded on the left
-    mask, positions = [[0] * 4 + [1] * 6, [1] * 10], [[0] * 4 + [*range(6)], [*range(10)]]
+    mask = [[0] * 4 + [1] * 6, [1] * 10]
+    positions = [[0] * 4 + [*range(6)], [*range(10)]]
     logits, *_ = run(feeds(model, [[EOS] * 4 + IDS[:6], IDS], mask=mask, positions=positions))
     np.testing.assert_allclose(logits[0, 4:], expected[:6], atol=1e-5)
     np.testing.assert_allclose(logits[1], expected, atol=1e-5)
