@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import NO_PICTURE, ROOT, Started, stage
 
-TRIED = '--device=cpu', '--small=least', '--medium=least', '--steps=2', '--prompts=6', '--clients=3'
+TRIED = '--device=cpu', '--small=least', '--medium=least', '--steps=2', '--rows=2', '--prompts=6', '--clients=3'
 # compiling takes a minute on a CPU
 BEFORE = f'{NO_PICTURE}\nimport torch._dynamo\ntorch._dynamo.config.disable = True'
 

@@ -105,6 +105,14 @@ def equal_weights(a, b):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def wait_for(process, text):
+    """Until a process has printed this."""
+    until = time.monotonic() + 60
+    while text not in process.output()[0]:
+        assert time.monotonic() < until, process.output()
+        time.sleep(0.01)
+
+
 def keep_rows(count, split='train'):
     """Cut a split of data/tiny to its first rows."""
     path = f'data/tiny/{split}'
@@ -366,8 +374,7 @@ def test_a_run_that_is_stopped_before_its_first_evaluation_leaves_a_model_that_a
 def test_a_second_signal_ends_at_once(train):
     wait = 'import engine, time; engine.generate = lambda *args, **kwargs: print("waiting", flush=True) or time.sleep(60)'
     process = train.start('--epochs=2', '--sample_every_epoch=True', first=wait)
-    while 'waiting' not in process.output()[0]:
-        time.sleep(0.01)
+    wait_for(process, 'waiting')
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(0.1)
     began = time.monotonic()
@@ -635,18 +642,12 @@ def test_a_start_from_the_folder_that_would_be_replaced_is_refused(train, begun,
 
 
 def test_two_runs_in_one_folder_are_refused(train, tmp_path):
+    train('--max_steps=1', out='b')
     process = train.start('--max_steps=9999')
     try:
-        until = time.monotonic() + 60
-        while '\nstep 0/' not in process.output()[0]:
-            assert time.monotonic() < until, process.output()
-            time.sleep(0.01)
+        wait_for(process, '\nstep 0/')
         for init_from in 'scratch', 'resume':
-            if init_from == 'resume':
-                os.kill(process.pid, signal.SIGSTOP)
-                shutil.copy(tmp_path / 'b/ckpt.pt', tmp_path / 'a/ckpt.pt')
-            else:
-                train('--max_steps=1', out='b')
+            shutil.copy(tmp_path / 'b/ckpt.pt', tmp_path / 'a/ckpt.pt')
             train('--max_steps=1', f'--init_from={init_from}', code=2)
             assert 'another process writes to a: wait for it, or name another folder' in train.shown.stderr
     finally:
