@@ -438,23 +438,36 @@ def test_resume_after_a_crash_cut_the_log(train, begun):
     assert [record['step'] for record in steps(records)] == [1, 2, 3, 4, 5]
 
 
-def test_checkpoints_of_format_1_go_on(train, begun):
-    """Their settings and progress have other names, and they name nothing that they were made of."""
-    whole = train('--max_steps=5', out='whole')
-    saved = checkpoint(begun)
+def to_format_1(folder):
+    """Write ckpt.pt as format 1: settings and progress have other names, and it does not name what it was made of, but for its rows."""
+    saved = checkpoint(folder)
     config = {key: value for key, value in saved['config'].items()
               if key not in ('sampled_softmax', 'save_minutes', 'eval_only', 'logger', 'download_from', 'decay_params')}
     config |= {'loss_on': 'answer', 'decay': 'all', 'weights': 'openai', 'init': 'gpt2'}
     progress = dict(zip(('step', 'seen', 'best', 'waited', 'val_loss', 'evaluated'), saved['progress'].values()))
     names = list(saved['model'])
     groups = [{'params': names, 'lr': 1e-3, 'betas': (0.9, 0.999), 'eps': 1e-8, 'weight_decay': 0.1, 'fused': True}]
+    meta = read_split('tiny', 'train').meta
+    split = {f'data_{key}': meta[key] for key in ('split_seed', 'examples', 'tokens')}
     torch.save({
         'model': saved['model'], 'optimizer': saved['optimizer'] | {'param_groups': groups}, 'scaler': {}, 'progress': progress, 'config': config,
-        'sha256': about(begun)['sha256'], 'model_config': saved['model_config'], 'examples_per_step': 8,
-        'split': {'data_split_seed': 123, 'data_examples': 56, 'data_tokens': 1}}, begun / 'ckpt.pt')
+        'sha256': meta['sha256'], 'model_config': saved['model_config'], 'examples_per_step': saved['examples_per_step'], 'split': split},
+        folder / 'ckpt.pt')
+
+
+def test_checkpoints_of_format_1_go_on(train, begun, tmp_path):
+    whole = train('--max_steps=5', out='whole')
+    to_format_1(begun)
     resumed = train('--max_steps=5', '--init_from=resume')
     assert steps(resumed) == steps(whole)
-    assert equal_weights(begun, begun / '../whole')
+    assert equal_weights(begun, tmp_path / 'whole')
+
+
+@pytest.mark.xfail(strict=True, reason='the rows that such a checkpoint names are not compared')
+def test_checkpoints_of_format_1_do_not_go_on_with_other_rows(train, begun):
+    to_format_1(begun)
+    keep_rows(50)
+    train('--max_steps=5', '--init_from=resume', code=2)
 
 
 # prints the memory that the stage took beyond what it had at its start, in kB, and whether the checkpoint is still mapped
