@@ -20,12 +20,12 @@ import signal
 import socket
 import time
 import traceback
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
-from urllib.parse import urlsplit
 
 from config import UserError, configure, read_json
 from engine import Engine, KVCache, Sequence, choose_device, for_inference, return_freed_memory
@@ -242,7 +242,7 @@ def last_space(text):
 # the engine's thread: answers, and the steps that compute them
 
 served = {}  # name: Served
-unfinished = set()  # the answers that some request waits for
+answers_of_all = weakref.WeakSet()  # as long as a request or an engine holds them
 changed = asyncio.Event()  # set when there is something to compute
 # all of torch runs in this thread: with a second pool of OpenMP threads each step would take a third longer
 thread = ThreadPoolExecutor(1)
@@ -250,6 +250,8 @@ thread = ThreadPoolExecutor(1)
 Gauge('active_rows', 'answers that are being computed').set_function(lambda: sum(
     len(model.engine.scheduler.running) for model in served.values()))
 Gauge('waiting_rows', 'answers that wait for room').set_function(lambda: n_waiting())
+Gauge('cache_bytes', 'keys and values').set_function(lambda: sum(
+    layer.nbytes for model in served.values() for layer in model.engine.cache.layers))
 new_tokens = Counter('new_tokens', 'generated')
 first_token_seconds = Histogram('first_token_seconds', 'from a request to the first token of an answer')
 
@@ -296,9 +298,10 @@ class Answer(Sequence):
         self.error = ''
 
     def fail(self, error):
-        self.error = str(error).partition('\n')[0] or type(error).__name__
-        self.ended = 'error'
-        self.changed.set()
+        if not self.ended:
+            self.error = str(error).partition('\n')[0] or type(error).__name__
+            self.ended = 'error'
+            self.changed.set()
 
     def on_token(self, record):
         """Take over the id of a step, and its record. A stop sequence ends the answer before it."""
@@ -528,7 +531,7 @@ async def compute_step(engine):
     except Exception as error:  # the server outlives any request
         traceback.print_exc()
         await run_in_thread(engine.clear)
-        for answer in unfinished:
+        for answer in answers_of_all:
             answer.fail(error)
     await asyncio.sleep(0)  # requests look at it now: beside a step they would slow it down
 
@@ -670,7 +673,7 @@ def raw_prompt(prompt, vocab_size, masked):
     masked_text = mask(text, masked)
     if not ids or masked_text != text:
         ids = get_tokenizer().encode_ordinary(masked_text)
-    return Prompt(ids, masked_text, True)
+    return Prompt(ids, detokenize(ids), True)
 
 
 def read_prompts(asked, is_raw, headers):
@@ -708,7 +711,7 @@ def enqueue(asked, prompts):
             answer.ended = 'length'
         else:
             engine.arrived.append(answer)
-    unfinished.update(answers)
+    answers_of_all.update(answers)
     changed.set()
     return answers
 
@@ -734,7 +737,6 @@ async def watch(answers):
     finally:
         for answer in answers:
             answer.ended = answer.ended or 'cancelled'
-        unfinished.difference_update(answers)
 
 
 async def stream_pieces(answers):
@@ -751,7 +753,7 @@ async def stream_pieces(answers):
 
 
 async def whole_pieces(request, answers):
-    """The Pieces of the answers once all have ended; [] if the client has gone before."""
+    """The Pieces of the answers once all have ended; fewer if the client has gone before."""
     async def until_ended():
         async for _ in watch(answers):
             pass
@@ -782,7 +784,7 @@ def check_access(request: Request):
     # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no other
     # page may send this header
     origin = headers.get('origin')
-    is_foreign = bool(origin) and urlsplit(origin).netloc != headers.get('host')
+    is_foreign = bool(origin) and origin.partition('://')[2] != headers.get('host')
     if is_foreign and request.method == 'POST' and not has_key and 'x-requested-with' not in headers:
         raise HTTPException(403, 'pages of another origin may not ask')
     if key and not has_key and request.scope['path'] not in ('/', '/health'):
@@ -827,6 +829,8 @@ async def generate(request: Request):
     if is_stream:
         return StreamingResponse(reply.lines(), media_type=reply.media_type, headers=headers)
     pieces = await whole_pieces(request, answers)
+    if len(pieces) < len(answers):
+        return PlainTextResponse('')  # nobody is there to read it
     errors = [answer.error for answer in answers if answer.error]
     if errors:
         raise HTTPException(500, errors[0])

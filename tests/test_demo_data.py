@@ -6,9 +6,9 @@ import runpy
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from prepare import encode_rows, get_tokenizer
+
+import pytest
 
 DATA = Path(__file__).parent.parent / 'data'
 FILES = 'demo.json', 'demo_heldback.json'

@@ -393,6 +393,7 @@ def test_odd_text_is_answered(url):
     for text in ('\0\1', '\ud800 alone', 'مرحبا', '🎉' * 40, '<|endoftext|>', '### Response:\n' * 5, ' x'):
         body = json.dumps({'messages': [{'role': 'user', 'content': text}], 'max_tokens': 3})
         assert requests.post(url + CHAT, data=body).status_code == 200, text
+        assert completions(url, text, echo=True, max_tokens=1).status_code == 200, text
 
 
 def test_ordinary_http_is_understood(url):
@@ -495,6 +496,7 @@ def test_a_prompt_is_masked_before_the_model_sees_it(url):
     for raw in (prompt, get_tokenizer().encode(prompt)):
         reply = completions(url, raw, max_tokens=0, echo=True)
         assert reply.json()['choices'][0]['text'] == masked and reply.headers['X-Masked'] == 'email, offensive'
+        assert reply.json()['usage']['prompt_tokens'] == len(get_tokenizer().encode(masked))
     reply = chat(url, 'Greet him.', input=prompt)
     assert reply.headers['X-Masked'] == 'email, offensive' and reply.json()['choices'] == chat(url, 'Greet him.', input=masked).json()['choices']
 
@@ -631,6 +633,43 @@ def test_all_caches_stay_within_their_limit_and_are_given_back():
     assert 1e6 < largest <= 2e6
     engine.rest()
     assert sum(layer.nbytes for layer in engine.cache.layers) == 0
+
+
+def test_the_caches_share_what_cache_gb_allows(run_folder, monkeypatch):
+    monkeypatch.setitem(serve.config, 'out_dir', str(run_folder / 'out'))
+    monkeypatch.setattr(serve, 'served', {})
+    serve.load_models()
+    bytes_per_position = 2 * SHAPE['n_layer'] * SHAPE['n_embd'] * 4
+    assert [model.engine.scheduler.max_positions * bytes_per_position for model in serve.served.values()] == [2e9, 2e9]
+
+
+def test_a_server_without_work_gives_its_memory_back(url):
+    assert chat(url, QUESTIONS[0]).ok and metric(url, 'cache_bytes') > 0
+    wait_until(lambda: metric(url, 'cache_bytes') == 0, serve.IDLE_SECONDS + 10)
+    assert chat(url, QUESTIONS[0]).ok
+
+
+def test_fewer_run_at_once_where_together_they_fail(monkeypatch):
+    """Until it rests: then as many as before may run again."""
+    engine = serve.ServingEngine(random_model(), 4e9)
+    failures = []
+    hidden_states = engine.model.hidden_states
+
+    def faulty(ids, positions, attention):
+        if ids.numel() > 60:
+            failures.append(ids.numel())
+            raise RuntimeError('out of memory')
+        return hidden_states(ids, positions, attention)
+
+    monkeypatch.setattr(engine.model, 'hidden_states', faulty)
+    answers = [engine_answer(list(range(i, i + 10)), 30) for i in range(30)]
+    engine.arrived += answers
+    while engine.has_work():
+        engine.step_safely()
+    assert [len(answer.new_ids) for answer in answers] == [30] * 30
+    assert 0 < len(failures) < 6 and engine.scheduler.max_running < 10
+    engine.rest()
+    assert engine.scheduler.max_running == serve.max_active
 
 
 # fails each step in which the model meets ' swordfish', or more than so many ids
