@@ -730,7 +730,9 @@ def share_above(judgements, others):
 
 def calibration(cases, judgements):
     """{groups: {group: summary}, told_apart: share of rows whose reference beat another's, findings}."""
-    groups = {group: summary([], judgements[group]) for group in cases}
+    groups = {}
+    for group, its_cases in cases.items():
+        groups[group] = summary([entry for entry, _ in its_cases], judgements[group])
     wrong = judgements['wrong answer']
     told_apart = share_above(judgements['reference'], wrong)
     findings = []

@@ -54,9 +54,6 @@ def untuned(rows):
     return [row | {'model_response': 'north ' * (1 + n % 3), 'reference_loss': 4.0} for n, row in enumerate(rows)]
 
 
-SUMMARY_OF_NOTHING = pytest.mark.xfail(strict=True, reason='calibration sums up no rows: its scores are None')
-
-
 @pytest.fixture
 def server():
     with FakeJudge(honest) as server:
@@ -460,7 +457,6 @@ def test_seeds_show_the_spread(judge, server):
     assert 'judge_temperature' in judge('--judge_seeds=2', code=2)[0].stderr
 
 
-@SUMMARY_OF_NOTHING
 def test_calibration_shows_a_good_judge(judge):
     done, scores = judge('--calibrate=5')
     groups = scores['calibration']['groups']
@@ -490,7 +486,6 @@ def obeys(*texts):
     return lambda prompt: '{"score": 100}' if fenced(prompt, 'answer')[-1] in texts else honest(prompt)
 
 
-@SUMMARY_OF_NOTHING
 @pytest.mark.parametrize('opinion, told_apart, finding', [
     (indifferent, 0, "this judge scores a reference above another row's in 0% of the rows alone: its scores mean nothing"),
     (knows_even_rows, 2 / 6, 'in 33% of the rows alone: its scores mean nothing'),
