@@ -436,10 +436,10 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
         'Reverse( the order of|) (these words|this list|the list|the words): {}', '(Write|Put) (this list|these words) in( the|) reverse order: {}',
         'Reverse (the|this) list.', '(Reverse|Backwards|In reverse|Reversed): {}', 'Turn (the|this) list around.', 'List these words backwards: {}'], True),
     ('sorting', 40, sort(False), [
-        '(Sort|Arrange|Order|Put) the numbers (in ascending order|from (smallest|small|low) to (largest|large|high)).', 'Put these numbers in ascending order: {}',
+        '(Sort|Arrange|Order|Put) the numbers (in ascending order|from smallest to largest|from small to large|from low to high).', 'Put these numbers in ascending order: {}',
         'Sort( ascending| in ascending order|): {}', 'Smallest to largest: {}', 'Sort (these|the) numbers: {}'], False),
     ('sorting', 40, sort(True), [
-        '(Sort|Arrange|Order|Put) the numbers (in descending order|from (largest|large|high) to (smallest|small|low)).', 'Put these numbers in descending order: {}',
+        '(Sort|Arrange|Order|Put) the numbers (in descending order|from largest to smallest|from large to small|from high to low).', 'Put these numbers in descending order: {}',
         'Sort (descending|in descending order): {}', 'Largest to smallest: {}'], False),
     ('counting', 60, counting, [
         'Count the words( in the list| in this list|).', 'How many words (are|stand) in (the|this) list?', 'How many words does (the following|this) list have?',
