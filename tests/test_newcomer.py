@@ -26,7 +26,7 @@ COMMANDS = [line.partition('#')[0].strip() for block in re.findall(r'```sh\n(.*?
 PYTHON = [command for command in COMMANDS if re.match(r'(python|torchrun \S+) \w+\.py', command)]
 SMALLER = {
     'prepare.py': ['--source=rows.json', '--block_size=128'],
-    'train.py': ['--max_steps=2', '--eval_iters=1'],
+    'train.py': ['--max_steps=2', '--eval_iters=1', '--sample_every_epoch=False'],
     'sample.py': ['--max_new_tokens=4'],
     'judge.py': ['--calibrate=2'],
     'export.py': ['--max_new_tokens=4'],
