@@ -11,8 +11,15 @@ $(VENV)/demo: requirements.txt
 	$(PIP) -r requirements.txt
 	touch $@
 
+# of requirements-dev.txt the tools of `make test` alone: the rest is 2 GB, and some minutes of compiling
+TOOLS = pytest pytest-xdist ruff openai ollama playwright
 $(VENV)/test: $(VENV)/demo requirements-extra.txt requirements-dev.txt
-	$(PIP) -r requirements-extra.txt -r requirements-dev.txt
+	$(PIP) -r requirements-extra.txt $(TOOLS) -c requirements.txt -c requirements-dev.txt
+	touch $@
+
+# compiles llama.cpp
+$(VENV)/interop: $(VENV)/test
+	$(PIP) -r requirements-dev.txt -c requirements.txt -c requirements-extra.txt
 	touch $@
 
 # the rows of the demo, and the model that it starts from
@@ -35,7 +42,7 @@ test: $(VENV)/test data/demo.json
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q -n auto --dist worksteal
 
-interop: $(VENV)/test data/demo.json
+interop: $(VENV)/interop data/demo.json
 	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py tests/test_clients.py tests/test_train.py tests/test_versions.py
 
 bench: $(VENV)/test data/demo.json
