@@ -12,7 +12,6 @@ import judge as stage
 from config import UserError, read_jsonl
 from judge import (
     INJECTIONS,
-    Entry,
     find_baseline,
     jackknife,
     make_prompt,
@@ -25,6 +24,7 @@ from judge import (
 import numpy as np
 import pytest
 from conftest import ROOT, Started
+from conftest import stage as stage_of
 from fake_judge import FakeJudge, fenced, honest
 
 NAME = 'instruction-data-with-response.json'
@@ -54,6 +54,11 @@ def untuned(rows):
     return [row | {'model_response': 'north ' * (1 + n % 3), 'reference_loss': 4.0} for n, row in enumerate(rows)]
 
 
+def n_times_slower():
+    """How much longer a process takes because of others that run on this machine."""
+    return max(1, os.getloadavg()[0] / os.cpu_count())
+
+
 @pytest.fixture
 def server():
     with FakeJudge(honest) as server:
@@ -80,7 +85,8 @@ def style(monkeypatch):
 
     def style(name):
         monkeypatch.setattr(stage, 'judge_style', name)
-        for key, value in zip(('LOWEST', 'HIGHEST'), stage.SCALES[name]):
+        monkeypatch.setattr(stage, 'STYLE', stage.STYLES[name])
+        for key, value in zip(('LOWEST', 'HIGHEST'), stage.STYLE.scale):
             monkeypatch.setattr(stage, key, value)
     return style
 
@@ -105,7 +111,7 @@ def ask(client, server):
 
     def ask(kind='ollama', **options):
         judge_client = client(kind, **options)
-        return judge_client.ask(judge_client.body('Score it.', 123))
+        return judge_client.ask(judge_client.body('Score it.'))
     server.opinion = lambda prompt: '{"score": 85}'
     return ask
 
@@ -178,24 +184,29 @@ def test_the_style_of_the_book_has_the_books_wording(style):
 def test_a_later_turn_is_asked_with_the_earlier_ones(style):
     style('mtbench')
     entry = to_entry({'turns': ['Name a tree.', 'And another.'], 'answers': ['Oak.', 'Elm.'], 'reference': ['An oak.', 'An elm.']})
-    first, second = stage.make_prompts(entry, entry.answers)
+    first, second = stage.make_prompts(entry)
     assert fenced(first, 'question') == ['Name a tree.'] and fenced(first, 'correct answer') == ['An oak.']
     assert fenced(second, 'question') == entry.questions and fenced(second, 'answer') == entry.answers
     assert fenced(second, 'correct answer') == ['An elm.']
-    assert stage.make_prompts(entry, ['Oak.', ' '])[1] == ''  # by rule the lowest grade, unasked
+    assert stage.make_prompts(entry._replace(answers=['Oak.', ' ']))[1] == ''  # by rule the lowest grade, unasked
 
 
 def test_the_calibration_has_answers_of_known_quality(monkeypatch):
     """The reference, another row's, three texts that ask for the highest score, and nothing."""
     monkeypatch.setattr(stage, 'calibrate', 6)
     entries = [to_entry(row) for row in make_rows()]
-    cases = stage.calibration_answers(entries)
-    assert [len(cases[group]) for group in ('reference', 'wrong answer', 'prompt injection', 'empty')] == [6] * 4
-    assert all(texts == entry.references for entry, texts in cases['reference'])
-    assert all(texts != entry.references and [texts] == [e.references for e in entries if e.references == texts] for entry, texts in cases['wrong answer'])
-    assert [text for _, (text,) in cases['prompt injection']] == 2 * list(INJECTIONS)
+    prompts = stage.calibration_prompts(entries)
+    answers = {}
+    for group, rows in prompts.items():
+        answers[group] = [fenced(prompt, 'answer') for prompt, in rows]
+    references = [fenced(prompt, 'correct answer') for prompt, in prompts['reference']]
+    assert [len(answers[group]) for group in ('reference', 'wrong answer', 'prompt injection', 'empty')] == [6] * 4
+    assert answers['reference'] == references
+    assert all(texts != right for texts, right in zip(answers['wrong answer'], references))
+    assert all(texts in [entry.references for entry in entries] for texts in answers['wrong answer'])
+    assert [text for text, in answers['prompt injection']] == 2 * list(INJECTIONS)
     assert len(set(INJECTIONS)) == 3
-    assert all(texts == [''] for _, texts in cases['empty'])
+    assert answers['empty'] == [['']] * 6
 
 
 # --- the whole stage
@@ -254,14 +265,14 @@ def test_the_context_holds_the_longest_question(judge, server, tmp_path):
 
 def test_the_number_of_questions_of_each_kind_is_told_before_they_are_asked(judge, tmp_path):
     write(tmp_path / 'out', untuned(make_rows()), BEFORE)
-    shown = judge('--calibrate=5', '--judge_seeds=2', '--judge_temperature=0.5')[0].stdout
-    lines = ('run: 22 questions', 'baseline: 24 questions', 'reference: 10 questions', 'wrong answer: 10 questions', 'prompt injection: 10 questions',
-             'empty: 10 questions')
+    shown = judge('--calibrate=5')[0].stdout
+    lines = ('run: 11 questions', 'baseline: 12 questions', 'reference: 5 questions', 'wrong answer: 5 questions', 'prompt injection: 5 questions',
+             'empty: 5 questions')
     before, _, after = shown.partition('\njudged ')
     assert all(line in before.splitlines() for line in lines) and after
     # equal questions are asked once
     n_asked = int(re.search(r'(\d+) questions for llama3, \1 of them new', before)[1])
-    assert 60 < n_asked <= 86
+    assert 30 < n_asked <= 43
 
 
 def test_the_baseline_can_be_left_out(judge, server, tmp_path):
@@ -311,8 +322,8 @@ def test_a_kept_reply_has_a_key_that_does_not_change(client, tmp_path):
     """A hash of the request and the server: replies may have cost money."""
     reply = {'text': '{"score": 7}', 'tries': 1}
     key = '8a5b7449cf2c1929c22541074b9f65c1055c911be6b0a31452aa81d908112cf1'
-    replies = stage.ask_all(client(), [('Score number two.', 123)], {key: reply}, tmp_path / 'judge.jsonl')
-    assert replies['Score number two.', 123] == reply
+    replies = stage.ask_all(client(), ['Score number two.'], {key: reply}, tmp_path / 'judge.jsonl')
+    assert replies['Score number two.'] == reply
 
 
 def test_a_row_without_a_score_is_counted(judge, server):
@@ -356,10 +367,9 @@ def test_an_interrupted_run_resumes(judge, server, tmp_path):
     server.delay = 0.05
     path = tmp_path / 'out/judge.jsonl'
     process = Started(tmp_path, [ROOT / 'judge.py', '--calibrate=0'], {'OLLAMA_HOST': server.url})
-    process.signal_when(lambda: path.exists() and path.read_text().count('\n') >= 4, signal.SIGKILL)
-    kept = path.read_text()
-    path.write_text(kept + '{"key": "torn')
-    n_kept = kept.count('\n')
+    process.signal_when(lambda: len(read_jsonl(path)) >= 4, signal.SIGKILL)
+    path.write_text(path.read_text() + '\n{"key": "torn')
+    n_kept = len(read_jsonl(path))
     n_asked = len(server.asked)
     server.delay = 0
     assert 4 <= n_kept < 11
@@ -386,7 +396,7 @@ def test_ctrl_c_ends_a_run_against_a_server_that_hangs_and_keeps_what_came(judge
     began = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=20) == 130
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 * n_times_slower()
     assert process.output()[1] == 'judge.py: interrupted\n'
     assert len(read_jsonl(path)) == n_replies
     # only the others are asked by the next run
@@ -395,35 +405,21 @@ def test_ctrl_c_ends_a_run_against_a_server_that_hangs_and_keeps_what_came(judge
     assert len(server.asked) == n_replies + 1 + (11 - n_replies)
 
 
-def test_replies_that_came_before_ctrl_c_but_were_not_kept_yet_are_kept(ask_three, server, tmp_path, monkeypatch):
+def test_replies_that_came_before_ctrl_c_but_were_not_counted_yet_are_kept(ask_three, server, tmp_path, monkeypatch):
+    """Each is written by the thread that has it, so that the others may come while the main one is interrupted."""
+    path = tmp_path / 'judge.jsonl'
 
-    class InterruptedBar:
-        """A progress bar at which Ctrl-C is pressed after its first step, when all replies have come."""
-        disable = True
+    def interrupted_bar(replies, *args, **kwargs):
+        next(replies)
+        until = time.monotonic() + 10
+        while len(read_jsonl(path)) < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
 
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __iter__(self):
-            yield 0
-            until = time.monotonic() + 10
-            while server.n_answered < 3 and time.monotonic() < until:
-                time.sleep(0.01)
-            time.sleep(0.2)  # until the worker has put the last one into its queue
-            raise KeyboardInterrupt
-
-    answers = stage.Server.ask
-    server.n_answered = 0
-
-    def count(judge_client, body):
-        reply = answers(judge_client, body)
-        server.n_answered += 1
-        return reply
-    monkeypatch.setattr(stage.Server, 'ask', count)
-    monkeypatch.setattr(stage, 'tqdm', InterruptedBar)
+    monkeypatch.setattr(stage, 'tqdm', interrupted_bar)
     with pytest.raises(KeyboardInterrupt):
         ask_three()
-    assert len(read_jsonl(tmp_path / 'judge.jsonl')) == 3
+    assert len(read_jsonl(path)) == 3
 
 
 def test_workers_keep_the_order(judge, server, tmp_path):
@@ -439,22 +435,10 @@ def test_workers_keep_the_order(judge, server, tmp_path):
     assert len(server.asked) == 22
 
 
-def test_seeds_show_the_spread(judge, server):
-    seen = []
-
-    def wavering(prompt):
-        seen.append(prompt)
-        return json.dumps({'score': 40 if seen.count(prompt) % 2 else 60})
-    server.opinion = wavering
-    done, scores = judge('--judge_seeds=2', '--judge_temperature=0.7')
-    assert scores['rows'][0]['run']['scores'] == [40, 60]
-    assert scores['rows'][0]['run']['score'] == 50
-    assert scores['summary']['run']['spread'] == pytest.approx(14.142, abs=1e-3)
-    assert 'spread' in done.stdout
-    assert sorted(body['options']['seed'] for body in server.asked) == [123] * 11 + [124] * 11
-    assert {body['options']['temperature'] for body in server.asked} == {0.7}
-    assert {body['options']['top_k'] for body in server.asked} == {40}
-    assert 'judge_temperature' in judge('--judge_seeds=2', code=2)[0].stderr
+def test_the_temperature_and_the_seed_are_sent(judge, server):
+    judge('--judge_temperature=0.7', '--seed=5')
+    options = server.asked[0]['options']
+    assert (options['temperature'], options['seed'], options['top_k']) == (0.7, 5, 40)
 
 
 def test_calibration_shows_a_good_judge(judge):
@@ -502,10 +486,8 @@ def test_calibration_shows_a_bad_judge(judge, server, opinion, told_apart, findi
 
 
 def test_a_judge_that_cannot_be_tested_is_not_called_good():
-    entry = Entry({}, ['q'], ['a'], ['r'], set())
-    failed = {'status': 'failed', 'score': None, 'scores': [], 'fault': 'x'}
-    cases = {group: [(entry, ['a'])] for group in stage.CALIBRATION}
-    found = stage.calibration(cases, {group: [failed] for group in cases})
+    failed = {'status': 'failed', 'score': None, 'fault': 'x'}
+    found = stage.calibration({group: [failed] for group in stage.CALIBRATION})
     assert found['told_apart'] is None
     assert found['findings'] == ['the judge could not be tested']
 
@@ -566,7 +548,7 @@ def ask_three(client, server, tmp_path):
     def ask_three():
         path = tmp_path / 'judge.jsonl'
         kept = {record['key']: record for record in read_jsonl(path)}
-        asked = [(f'Score number {n}.', 123) for n in ('one', 'two', 'three')]
+        asked = [f'Score number {n}.' for n in ('one', 'two', 'three')]
         replies = stage.ask_all(client(), asked, kept, path)
         return [replies[question] for question in asked]
     server.opinion = lambda prompt: '{"score": 50}'
@@ -627,7 +609,7 @@ def test_an_option_is_left_out_from_the_first_refusal_on(client, server):
     server.opinion = lambda prompt: '{"score": 85}'
     judge_client = client('openai')
     for n in range(3):
-        assert 'fault' not in judge_client.ask(judge_client.body(f'Score {n}.', 123))
+        assert 'fault' not in judge_client.ask(judge_client.body(f'Score {n}.'))
     assert server.paths.count('/v1/chat/completions') == 3 + 1
 
 
@@ -823,11 +805,11 @@ def test_reference_metrics(judge, tmp_path):
 
 
 @pytest.mark.parametrize('package', ['sacrebleu', 'scipy', 'rouge_score'])
-def test_a_package_that_is_missing_is_told_in_one_line(judge, tmp_path, package):
-    first = f'import sys\nfor name in list(sys.modules):\n    if name.partition(".")[0] == {package!r}:\n        del sys.modules[name]\nsys.modules[{package!r}] = None\n'
-    from conftest import stage as run_stage
+def test_a_package_that_is_missing_is_told_in_one_line(tmp_path, package):
     write(tmp_path / 'out', make_rows())
-    said = run_stage(tmp_path, 'judge.py', '--judge=reference', code=2, first=first).stderr
+    # in a process of its own, which has imported nothing yet
+    alone = {'OMP_NUM_THREADS': '1'}
+    said = stage_of(tmp_path, 'judge.py', '--judge=reference', code=2, env=alone, first=f'import sys; sys.modules[{package!r}] = None').stderr
     assert 'pip install' in said and package in said
 
 
@@ -854,7 +836,7 @@ def test_many_sources_take_no_time_and_few_lines(judge, tmp_path):
     write(tmp_path / 'out', [row | {'source': f'source {n // 2}'} for n, row in enumerate(make_rows(1000))])
     began = time.time()
     done, scores = judge('--judge=reference')
-    assert time.time() - began < 10
+    assert time.time() - began < 10 * n_times_slower()
     assert len(scores['metrics']) == 500 + 3
     assert len(done.stdout.splitlines()) < 100
 
@@ -1049,7 +1031,7 @@ def test_the_jackknife_leaves_each_row_out():
 def test_a_metric_that_few_rows_have(recwarn):
     """Its interval has no bounds, and where no row has it, it is left out."""
     entries = entries_of([('a', 'b')] * 12)
-    entries[0].row |= {'truncated': False, 'reference_loss': 2.0}
+    entries[0].row.update(truncated=False, reference_loss=2.0)
     stats = {'run': stage.row_statistics(entries)}
     table = stage.reference_metrics(stats, list(range(12)))
     assert (table['reference loss']['run']['value'], table['reference loss']['run']['low']) == (2, None)

@@ -28,12 +28,12 @@ def make_scores(n=N_ROWS, lowest=0, highest=100):
     for k, (value, before) in enumerate(zip(values, befores)):
         row = {'instruction': f'Task {k}: name a tree.', 'input': 'wood' if k % 2 else '', 'output': f'reference {k}',
                'model_response': f'answer {k}', 'truncated': k == 8, 'family': 'trees' if k % 3 else 'odd ones'}
-        run = {'status': 'scored', 'score': value, 'scores': [value], 'judge_replies': [f'verdict {k}'], 'exact': k == 5, 'rouge_l': value}
-        baseline = {'status': 'scored', 'score': before, 'scores': [before], 'judge_replies': ['meh'], 'replies': [f'untuned {k}'], 'rouge_l': before}
+        run = {'status': 'scored', 'score': value, 'judge_replies': [f'verdict {k}'], 'exact': k == 5, 'rouge_l': value}
+        baseline = {'status': 'scored', 'score': before, 'judge_replies': ['meh'], 'replies': [f'untuned {k}'], 'rouge_l': before}
         rows.append({'row': row, 'run': run, 'baseline': baseline})
     rows[3]['row']['model_response'] = rows[3]['row']['instruction'] = HOSTILE
     if n > 8:
-        rows[4]['run'] = {'status': 'failed', 'score': None, 'scores': [], 'judge_replies': [], 'fault': 'HTTP 503: busy', 'exact': False, 'rouge_l': 0}
+        rows[4]['run'] = {'status': 'failed', 'score': None, 'judge_replies': [], 'fault': 'HTTP 503: busy', 'exact': False, 'rouge_l': 0}
         rows[6]['row']['model_response'] = ''
 
     def group(values):
@@ -57,11 +57,14 @@ def make_scores(n=N_ROWS, lowest=0, highest=100):
 def sum_up(scores):
     """The scores with the summaries that judge.py makes of its rows."""
     entries = [to_entry(result['row']) for result in scores['rows']]
-    lowest, highest = scores['scale']
     scores['summary'] = {}
-    with patch.multiple(judge, LOWEST=lowest, HIGHEST=highest):
+    with patch.object(judge, 'STYLE', judge.STYLE._replace(scale=scores['scale'])):
         for side in ['run', 'baseline'] if scores['compared_with'] else ['run']:
-            scores['summary'][side] = judge.summary(entries, [result[side] for result in scores['rows']])
+            judgements = [result[side] for result in scores['rows']]
+            families = {}
+            for group, numbers in judge.numbers_by_group(entries).items():
+                families[group] = judge.summary([judgements[number] for number in numbers])['score']
+            scores['summary'][side] = judge.summary(judgements) | {'families': families}
     scores.pop('paired', None)
     if scores['compared_with']:
         scores['paired'] = compare([result['run']['score'] - result['baseline']['score'] for result in scores['rows']
@@ -72,7 +75,7 @@ def sum_up(scores):
 def failed(scores, side):
     """The scores if the judge had failed on each row of a side."""
     for result in scores['rows']:
-        result[side] |= {'status': 'failed', 'score': None, 'scores': [], 'fault': 'HTTP 503: busy'}
+        result[side] |= {'status': 'failed', 'score': None, 'fault': 'HTTP 503: busy'}
     return sum_up(scores)
 
 
