@@ -226,26 +226,22 @@ print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.paramete
 
 # -----------------------------------------------------------------------------
 # sampled softmax (Jean et al. 2015): in a large vocabulary most tokens occur in no row, and computing all
-# their logits takes most of a small model's time. A step chooses among the rows' tokens and a sample of the
-# others. The vectors of the others stay as they are: they would drift together, as they are never right
+# their logits takes most of a small model's time. A step chooses among the tokens of its rows and a sample
+# of the others
 
-if sampled_softmax:
-    is_seen = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-    is_seen[np.unique(data['train'].ids).tolist()] = True
-    seen_ids = is_seen.nonzero()[:, 0].to(device)
-    other_ids = (~is_seen).nonzero()[:, 0].to(device)
-    is_seen = is_seen.to(device)
-    model.wte.weight.register_hook(lambda gradient: gradient * is_seen[:, None])
-
-
-def draw_candidates():
-    """(ids, biases) for GPT.forward, drawn anew for each step; None where the softmax has all tokens."""
-    if not sampled_softmax:
-        return None
-    drawn = other_ids[torch.randint(len(other_ids), (sampled_softmax,), device=device)]
-    ids = torch.cat([seen_ids, drawn]).sort().values
-    bias = math.log(len(other_ids) / sampled_softmax)  # each of those drawn stands for so many
-    return ids, torch.where(is_seen[ids], 0.0, bias)
+def draw_candidates(numbers):
+    """
+    The candidates of these examples for GPT.forward, (ids, biases), and which of their ids were drawn. Each
+    of those drawn stands for many others, which is what its bias says.
+    """
+    is_in_rows = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    for start, end in zip(meta['start'][numbers], meta['end'][numbers]):
+        is_in_rows[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
+    others = (~is_in_rows).nonzero()[:, 0]
+    drawn = others[torch.randint(len(others), (sampled_softmax,))]
+    ids = torch.cat([is_in_rows.nonzero()[:, 0], drawn]).sort().values
+    biases = torch.where(is_in_rows[ids], 0.0, math.log(len(others) / sampled_softmax))
+    return (ids.to(device), biases.to(device)), drawn.to(device)
 
 
 # -----------------------------------------------------------------------------
@@ -595,7 +591,7 @@ for step in range(first_step, total_steps + 1):
     # it does not depend on how the examples are cut into micro-batches and processes
     loss = 0.0
     grad_norms.clear()
-    candidates = draw_candidates()
+    candidates, drawn = draw_candidates(numbers) if sampled_softmax else (None, None)
     micro_batches = np.array_split(numbers, gradient_accumulation_steps * world_size)[rank::world_size]
     for i, chunk in enumerate(micro_batches):
         is_last_micro_batch = i == len(micro_batches) - 1
@@ -608,6 +604,9 @@ for step in range(first_step, total_steps + 1):
             micro_loss = net(*batch, loss_reduction='sum', candidates=candidates) / n_targets
         scaler.scale(micro_loss * world_size).backward()  # torch averages over processes, the sum is wanted
         loss += micro_loss.detach()
+    # tokens that no row has would drift together, since they are never right: their vectors stay
+    if sampled_softmax and model.wte.weight.grad is not None:
+        model.wte.weight.grad[drawn] = 0.0
     # where blocks were updated in backward, only the embeddings and ln_f are left
     update_parameters()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from start_model import write_start_model
 
 SEED = 123
-TRAIN, TEST, UNSEEN, VAL = 60_000, 600, 300, 300  # rows; the test split holds TEST and UNSEEN
+TRAIN, TEST, UNSEEN, VAL = 96_000, 600, 300, 300  # rows; the test split holds TEST and UNSEEN
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
 # words
@@ -262,7 +262,7 @@ NUMBERS = 'zero one two three four five six seven eight'.split()
 
 
 def reverse(rng, words):
-    some = some_words(rng, words, 2, 7)
+    some = some_words(rng, words, 2, rng.randint(3, 7))  # short lists are the commonest
     return listed(some), 'Reversed: ' + listed(some[::-1])
 
 
@@ -280,7 +280,7 @@ def pick(place, name):
 
 def sort(reverse):
     def draw(rng, words):
-        some = rng.sample(range(1, 21), rng.randint(3, 5))
+        some = rng.sample(range(1, 21), rng.choice([2, 3, 3, 3, 4]))
         return listed(some), 'Sorted: ' + listed(sorted(some, reverse=reverse))
     return draw
 
@@ -388,12 +388,12 @@ NEGATE = [f'{REWRITE} (in|into|to) the negative( form|).', '(Make|Turn) (the|thi
           'Turn (this|it) into its negative: {}', 'What is the negative( form|) of this( sentence|)? {}', 'Write the negation( of this|): {}']
 OPPOSITE = ['What is (the|an) (opposite|antonym|contrary) of( the word|) {}?', '(Give|Tell|Show) (me |)(the|an) (opposite|antonym) (of|for)( the word|) {}(.|)',
             'Name a word that means the opposite of {}.', 'Find an antonym (for|of) {}.', 'Which word is the opposite of {}?', '(Say|Write) the opposite of {}(.|)',
-            '(Opposite|Antonym) of {}(?|)', '(Opposite|Antonym): {}', 'What (word |)means the opposite of {}?', '{}: opposite(?|)', 'the opposite of {}(?|)']
+            '(Opposite|Antonym) of {}(?|)', '(Opposite|Antonym): {}', 'What (word |)means the opposite of {}?', 'the opposite of {}(?|)']
 SYNONYM = ['What is (a|another) (synonym|word) (of|for)( the word|) {}?', '(Give|Provide|Suggest|Find)( me|) a synonym (for|of)( the word|) {}(.|)',
            'Name another word for {}.', 'Which word means the same as {}?', 'Write a word that means the same as {}.', '(Synonym|Another word) (of|for) {}(?|)',
-           'Synonym: {}', 'Tell me a synonym of {}.', 'What means the same as {}?', '{}: synonym(?|)']
+           'Synonym: {}', 'Tell me a synonym of {}.', 'What means the same as {}?']
 PLURAL = ['What is the plural( form|) of( the word|) {}?', '(Give|Write down|Write|Tell me|Name) the plural( form|) of( the noun| the word|) {}(.|)',
-          'Plural of {}(?|)', 'Plural: {}', 'How do you write {} in the plural?', '{} in the plural(?|)', '{}: plural(?|)', 'What do you call more than one {}?',
+          'Plural of {}(?|)', 'Plural: {}', 'How do you write {} in the plural?', '{} in the plural(?|)', 'What do you call more than one {}?',
           'Make {} plural(.|)', 'the plural of {}(?|)']
 CATEGORY = ['Is {} (an animal, a food, a person, a place or a thing|a person, an animal, a place, a food or a thing)?', 'What kind of thing is {}?',
             '(To which|Which|What) category does {} belong( to|)?', 'Classify( the word|) {}( by its category|).', '(What is|Name|Give) the category of( the word|) {}(.|)',
@@ -432,7 +432,7 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
         '(Rewrite|Put|Change) the phrase (in|into|to) the plural.', 'Make the (noun|phrase) plural.', 'Change the noun in this phrase to the plural: {}',
         'In the plural: {}', 'Make this plural: {}'], False),
     ('categories', 70, category, CATEGORY, False),
-    ('reversing', 80, reverse, [
+    ('reversing', 120, reverse, [
         'Reverse( the order of|) (these words|this list|the list|the words): {}', '(Write|Put) (this list|these words) in( the|) reverse order: {}',
         'Reverse (the|this) list.', '(Reverse|Backwards|In reverse|Reversed): {}', 'Turn (the|this) list around.', 'List these words backwards: {}'], True),
     ('sorting', 40, sort(False), [
@@ -507,9 +507,6 @@ def make_row(rng, family, wording, question, answer):
         question = question[:-1]
     elif is_sentence and which < 0.10:
         question = question.lower()
-    elif is_sentence and which < 0.12:
-        question = question.upper()
-        answer = answer.upper()
     which = rng.random()
     if which < 0.10 and family != 'something else':
         wording = mistype(rng, wording)
@@ -570,7 +567,7 @@ def make_all():
     unseen = make_rows([task for task in TASKS if task[4]], 3 * UNSEEN, UNSEEN_WORDS, rng, asked)
     unseen = [row | {'source': 'unseen words'} for row in unseen if held_out & set(normal(row))]
     val = make_rows(TASKS, VAL, LISTED, rng, asked)
-    train = make_rows(TASKS, TRAIN + 6_000, LISTED, rng, asked)  # of some families there are fewer
+    train = make_rows(TASKS, TRAIN + 10_000, LISTED, rng, asked)  # of some families there are fewer
     test = test[:TEST] + unseen[:UNSEEN]
     rng.shuffle(test)
     return {'demo.json': train[:TRAIN] + test + val[:VAL], 'demo_heldback.json': make_rows(HELD_BACK, 300, LISTED, rng, asked)[:300]}

@@ -57,7 +57,7 @@ def test_enough_words_rows_and_families(script, rows, splits):
     one_token = [word for word in listed if len(get_tokenizer().encode_ordinary(' ' + word)) == 1]
     assert len(one_token) > 0.85 * len(listed)
     families = Counter(row['family'] for row in splits['train'])
-    assert len(families) == 21 and min(families.values()) >= 400 and len(splits['train']) == 60_000, families
+    assert len(families) == 21 and min(families.values()) >= 400 and len(splits['train']) == 96_000, families
     assert len(rows['demo_heldback.json']) == 300 and len(splits['val']) == 300
     assert Counter(row.get('source') for row in splits['test']) == {'listed words': 600, 'unseen words': 300}
     assert not any('source' in row for row in splits['train'] + splits['val'])
