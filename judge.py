@@ -75,12 +75,12 @@ class Entry(NamedTuple):
     questions: list  # a text for each turn, as answers and references
     answers: list
     references: list  # the correct answers, [] if the row has none
-    groups: set  # names of what it is averaged with, like its family or the file that it is from
+    groups: set  # what it is averaged with: 'all', and by name its family, its source, the file it is from
 
 
 def to_entry(row):
     """A row of a file of predictions as an Entry. Raises what a missing text or a wrong type raises."""
-    groups = set()
+    groups = {'all'}
     for field in 'family', 'category', 'source', 'source_file':
         if isinstance(row.get(field), str):
             groups.add(row[field])
@@ -297,7 +297,6 @@ def judgement(prompts, replies):
 
 TRIES = 3  # times an answer is asked for until it is valid
 PATIENCE = 3  # unanswered questions in a row, for each worker, after which a server counts as gone
-REFUSALS = {200, 400, 415, 422, 500, 501}  # statuses by which servers refuse an option
 CHAT = {'ollama': '/api/chat', 'openai': '/chat/completions'}
 
 
@@ -332,13 +331,11 @@ def server_address(kind, url):
     except urllib3.exceptions.LocationParseError as error:
         raise UserError(f'{url} is not an address of a server') from error
     host = '127.0.0.1' if parts.host in (None, '', '0.0.0.0', '[::]') else parts.host
-    port = parts.port
-    if kind == 'ollama' and not parts.scheme:
-        port = port or 11434
+    port = 11434 if kind == 'ollama' and not (parts.scheme or parts.port) else parts.port
     path = (parts.path or '').rstrip('/').removesuffix(CHAT[kind])
     if kind == 'openai' and not re.search(r'/v\d', path):
         path += '/v1'
-    return f'{parts.scheme or "http"}://{host}' + (f':{port}' if port else '') + path
+    return urllib3.util.Url(parts.scheme or 'http', host=host, port=port, path=path).url
 
 
 class Server:
@@ -368,21 +365,21 @@ class Server:
             self.session.headers['Authorization'] = f'Bearer {self.key}'
             self.session.auth = lambda request: request  # or a ~/.netrc would replace the header
 
-    def call(self, path, body=None, timeout=judge_timeout):
+    def call(self, path, body=None):
         """GET path, or POST body to it -> the reply's JSON object. Raises Fault."""
         try:
             reply = self.session.request('POST' if body else 'GET', self.url + path, json=body,
-                                         timeout=(10, timeout))
+                                         timeout=(10, judge_timeout))
         except requests.RequestException as error:
             # urllib3's MaxRetryError, inside requests' own error, has the fault of the last attempt
-            reason = getattr(error.args[0], 'reason', error) if error.args else error
+            reason = getattr(error.args[0], 'reason', error)
             broke_off = isinstance(error, requests.exceptions.ChunkedEncodingError)
             raise Fault(f'the connection failed: {reason}', 200 if broke_off else 0) from error
         try:
-            data = reply.json()
-        except ValueError:  # the lines of a stream, or a proxy's page
-            data = None
-        if reply.status_code == 200 and isinstance(data, dict) and not data.get('error'):
+            data = dict(reply.json())
+        except (ValueError, TypeError):  # the lines of a stream, or a proxy's page
+            data = {'error': 'no JSON object'}
+        if reply.ok and not data.get('error'):
             return data
         text = ' '.join(reply.text.split())[:400]
         if self.key:  # which a server may repeat
@@ -408,11 +405,9 @@ class Server:
         try:
             digests = self.list_models()
         except Fault as fault:
-            advice = 'type: ollama serve'
-            if self.kind == 'openai':
-                if fault.status not in (0, 401, 403):
-                    return  # a server need not list its models
-                advice = 'start it, set --judge_url or its OPENAI_API_KEY'
+            if self.kind == 'openai' and fault.status not in (0, 401, 403):
+                return  # a server need not list its models
+            advice = 'start it (ollama serve), or set --judge_url, or OPENAI_API_KEY if it asks for a key'
             raise UserError(f'no judge at {self.url} ({fault}); {advice}') from fault
         except (KeyError, TypeError) as error:
             raise UserError(f'{self.url} does not have the API of judge={self.kind!r}') from error
@@ -420,10 +415,9 @@ class Server:
             self.model = next(iter(digests))
         name = self.model if self.model in digests else self.model + ':latest'
         if name not in digests:
-            advice = f'type: ollama pull {self.model}'
-            if self.kind == 'openai':
-                advice = 'set --judge_model to one of: ' + ', '.join(list(digests)[:8])
-            raise UserError(f'the server at {self.url} has no model {self.model!r}; {advice}')
+            models = ', '.join(list(digests)[:8])
+            raise UserError(f'the server at {self.url} has no model {self.model!r}; set --judge_model to one '
+                            f'of: {models}; or get it (ollama pull {self.model})')
         self.digest = digests[name]
 
     def body(self, prompt, context=4096):
@@ -442,13 +436,13 @@ class Server:
                      'max_tokens': STYLE.max_tokens}
         return body | form if judge_style == 'score' else body
 
-    def chat(self, body, timeout=judge_timeout):
+    def chat(self, body):
         """The text of the answer to a request, without the options that the server refuses. Raises Fault."""
         sent = {option: value for option, value in body.items() if option not in self.refused}
         if 'max_tokens' in self.refused:
             sent['max_completion_tokens'] = 4096 + body['max_tokens']  # which counts a model's thoughts, too
         try:
-            reply = self.call(CHAT[self.kind], sent, timeout)
+            reply = self.call(CHAT[self.kind], sent)
             message = (reply['choices'][0] if self.kind == 'openai' else reply)['message']
             return message['content'] or ''
         except (KeyError, IndexError, TypeError) as error:
@@ -457,9 +451,9 @@ class Server:
             # top_p before temperature, since some servers take either, but not both
             for option in 'think', 'max_tokens', 'top_p', 'seed', 'response_format', 'temperature':
                 is_named = option in sent and re.search(rf'\b{option}\b', str(fault))
-                if is_named and fault.status in REFUSALS:
+                if is_named and fault.status != 429:
                     self.refused.add(option)
-                    return self.chat(body, timeout)
+                    return self.chat(body)
             raise
 
     def ask(self, body):
@@ -517,10 +511,10 @@ def ask_all(server, prompts, kept, path):
     kept, {a key: reply}, stands for a question with this key, unless it was a fault.
     """
     # num_ctx: a token is at least one byte, so the longest prompt in bytes, with the retries, bounds its
-    # tokens. Rounded up to whole 2,048s, since Ollama loads the model again when it changes
+    # tokens. Rounded up to whole 4,096s, since Ollama loads the model again when it changes
     longest = max([len(prompt.encode('utf-8', 'replace')) for prompt in prompts], default=0)
-    context = math.ceil((longest + TRIES * (STYLE.max_tokens + 100)) / 2048) * 2048
-    context = min(max(context, 4096), 32768)
+    context = math.ceil((longest + TRIES * (STYLE.max_tokens + 100)) / 4096) * 4096
+    context = min(context, 32768)
     # Ollama's digest names the weights, wherever they are served
     identity = [server.version, server.digest, server.url if server.kind == 'openai' else '']
     keys = {}
@@ -534,7 +528,7 @@ def ask_all(server, prompts, kept, path):
     if todo:
         # Ollama loads a model for no messages; in the context of the questions, or it would load it again
         try:
-            server.chat(body | ({'messages': []} if server.kind == 'ollama' else {}), max(600, judge_timeout))
+            server.chat(body | ({'messages': []} if server.kind == 'ollama' else {}))
         except Fault as fault:
             raise UserError(f'{server.model} at {server.url} does not answer: {fault}') from fault
     lock = threading.Lock()
@@ -567,14 +561,16 @@ def ratio(sums):
 
 def jackknife(statistic, stats, scale=()):
     """
-    The interval of a statistic of sums over rows, from its values without each of the rows. For a mean,
-    which is the ratio of a sum and a number, this is Student's t.
+    The interval of a statistic of sums over rows, from its values without each of the rows; None where it
+    is not defined. For a mean, which is the ratio of a sum and a number, this is Student's t.
 
     stats (n, k): what is summed; statistic: sums (k,) -> a number, nan where it is not defined. scale: the
     ends of the scale that a mean is on. Half a row is added at either, since few or equal scores tell less
     than they seem to: ten answers of score 100 do not show that all have it.
     """
-    found = {'value': float(statistic(stats.sum(0))), 'low': None, 'high': None, 'n': len(stats)}
+    found = {'value': statistic(stats.sum(0)), 'low': None, 'high': None, 'n': len(stats)}
+    if not math.isfinite(found['value']):
+        return None
     if len(stats) < FEW:
         return found
     for end in scale:
@@ -591,15 +587,15 @@ def jackknife(statistic, stats, scale=()):
 
 def mean_interval(values, scale=()):
     """The interval of the mean of values, which may be on a scale (lowest, highest); None without values."""
-    if not len(values):
-        return None
-    return jackknife(ratio, np.array([[value, 1] for value in values]), scale)
+    return jackknife(ratio, np.array([[value, 1] for value in values]).reshape(-1, 2), scale)
 
 
 def share_interval(count, n):
     """The interval of a share in percent, by Wilson: it covers for few rows, and has a width at 0 %."""
+    if not n:
+        return None
     low, high = binomtest(count, n).proportion_ci(method='wilson')
-    return {'value': 100 * count / n, 'low': 100 * float(low), 'high': 100 * float(high), 'n': n}
+    return {'value': 100 * count / n, 'low': 100 * low, 'high': 100 * high, 'n': n}
 
 
 def compare(differences):
@@ -609,7 +605,7 @@ def compare(differences):
     n = len(differences)
     wins = sum(difference > 0 for difference in differences)
     losses = sum(difference < 0 for difference in differences)
-    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
     return {'difference': mean_interval(differences), 'win': wins, 'tie': n - wins - losses, 'loss': losses,
             'p': p, 'win_share': share_interval(wins, n)}
 
@@ -658,7 +654,7 @@ def row_statistics(entries):
         is_cut = entry.row.get('truncated')
         stats['ended by itself %'].append([100 * (is_cut is False), isinstance(is_cut, bool)])
         loss = entry.row.get('reference_loss')
-        n_tokens = entry.row.get('reference_tokens', 1)
+        n_tokens = entry.row.get('reference_tokens')
         has_loss = isinstance(loss, float) and isinstance(n_tokens, int)
         stats['reference loss'].append([loss * n_tokens, n_tokens] if has_loss else [0, 0])
     for counts in CORPUS_BLEU._extract_corpus_statistics(answers, [references]):
@@ -670,8 +666,6 @@ def row_statistics(entries):
 def metric_interval(metric, rows):
     """The interval of a metric over rows of its statistics; None if it is not defined there."""
     rows = rows[rows.any(1)]
-    if not math.isfinite(METRICS[metric](rows.sum(0))):
-        return None
     if metric.endswith('%'):
         return share_interval(round(rows[:, 0].sum() / 100), len(rows))
     return jackknife(METRICS[metric], rows, (0, 100) if metric == 'ROUGE-L' else ())
@@ -685,17 +679,13 @@ def reference_metrics(stats, numbers):
     table = {}
     for metric, statistic in METRICS.items():
         rows = [its[metric][numbers] for its in stats.values()]
-        found = {}
-        for side, its_rows in zip(stats, rows):
-            interval = metric_interval(metric, its_rows)
-            if interval:
-                found[side] = interval
-        if len(found) == 2:
+        found = {side: metric_interval(metric, its_rows) for side, its_rows in zip(stats, rows)}
+        if any(found.values()):
+            table[metric] = found
+        if len(found) == 2 and all(found.values()):
             both = np.hstack(rows)
             k = both.shape[1] // 2
             found['difference'] = jackknife(lambda sums: statistic(sums[:k]) - statistic(sums[k:]), both)
-        if found:
-            table[metric] = found
     return table
 
 
@@ -723,7 +713,7 @@ def calibration(judgements):
     for group in CALIBRATION:
         groups[group] = summary(judgements[group])
         found = differences(judgements[group], judgements['wrong answer'])
-        share_above[group] = np.mean(np.array(found) > 0).item() if found else None
+        share_above[group] = np.mean(np.array(found) > 0) if found else None
     told_apart = share_above['reference']
     findings = []
     if told_apart is None:
@@ -744,11 +734,10 @@ def calibration(judgements):
 
 def read_curves(path):
     """{train, val: [[step, loss], ...]} of a log.jsonl: an evaluation has val_loss, a step loss."""
-    curves = {'train': [], 'val': []}
-    for record in read_jsonl(path):
-        for name, key in ('train', 'loss'), ('val', 'val_loss'):
-            if record.get(key) is not None:
-                curves[name].append([record['step'], record[key]])
+    records = read_jsonl(path)
+    curves = {}
+    for name, key in ('train', 'loss'), ('val', 'val_loss'):
+        curves[name] = [[record['step'], record[key]] for record in records if record.get(key) is not None]
     return curves
 
 
@@ -810,12 +799,12 @@ def write_report(path, scores, curves):
 # the stage
 
 def numbers_by_group(entries):
-    """{group: the numbers of its rows}, the largest group first."""
+    """{group: the numbers of its rows}, the largest group first, which is 'all'."""
     numbers = defaultdict(list)
     for number, entry in enumerate(entries):
         for group in entry.groups:
             numbers[group].append(number)
-    return dict(sorted(numbers.items(), key=lambda item: (-len(item[1]), item[0])))
+    return dict(sorted(numbers.items(), key=lambda item: (-len(item[1]), item)))
 
 
 def score_references(scores, sides):
@@ -824,13 +813,11 @@ def score_references(scores, sides):
     groups = numbers_by_group(sides['run'])
     for group, numbers in groups.items():
         scores['metrics'][group] = reference_metrics(stats, numbers)
-    scores['metrics']['all'] = reference_metrics(stats, slice(None))
-    for side in sides:
-        for number, result in enumerate(scores['rows']):
-            result[side]['exact'] = bool(stats[side]['exact match %'][number, 0])
-            result[side]['rouge_l'] = round(float(stats[side]['ROUGE-L'][number, 0]), 2)
+    for side, its in stats.items():
+        for result, exact, rouge in zip(scores['rows'], its['exact match %'], its['ROUGE-L']):
+            result[side] |= {'exact': bool(exact[0]), 'rouge_l': rouge[0]}
     print('', *metrics_lines(scores), sep='\n')
-    for group in list(groups)[:20]:  # of which there may be hundreds
+    for group in list(groups)[1:21]:  # of which there may be hundreds
         exact = scores['metrics'][group]['exact match %']['run']
         print(f'exact match % of {group}: {format_interval(exact)}, {exact["n"]:,} rows')
 
