@@ -13,13 +13,12 @@ Shapes: B rows, T positions, C = n_embd channels, H heads of C/H channels.
 """
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import math
 import os
 import re
-import sys
-import time
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ LOGITS_CHUNK = 512  # positions whose logits are in memory at once: 100 MB in fp
 
 # -----------------------------------------------------------------------------
 # the network
-
 
 def causal_attention(q, k, v, dropout=0.0):
     """q, k, v (B, H, T, C/H) -> (B, H, T, C/H): each position attends to itself and to those before it."""
@@ -55,12 +53,14 @@ def packed_attention(segments):
 
 
 class CausalSelfAttention(nn.Module):
+    """Each head mixes the values of the positions it attends to; c_proj mixes the heads."""
 
     def __init__(self, config):
         super().__init__()
-        assert config.n_embd % config.n_head == 0, 'the heads share the channels equally'
+        assert config.n_embd % config.n_head == 0, f'{config.n_head} heads in a width of {config.n_embd}'
         self.n_head = config.n_head
         self.dropout = config.dropout
+        # queries, keys and values of all heads in one product
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -73,10 +73,13 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         y = attention(q, k, v, self.dropout if self.training else 0.0)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        # the heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
+    """What a position makes of its own channels, through four times as many."""
 
     def __init__(self, config):
         super().__init__()
@@ -85,10 +88,12 @@ class MLP(nn.Module):
 
     def forward(self, x):
         # OpenAI's GELU is the tanh approximation; the exact one moves logits by 4e-4
-        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
+        x = F.gelu(self.c_fc(x), approximate='tanh')
+        return self.c_proj(x)
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream x, each behind a norm of its own."""
 
     def __init__(self, config):
         super().__init__()
@@ -105,7 +110,7 @@ class Block(nn.Module):
 
 
 class TiedEmbedding(nn.Embedding):
-    """The token vectors, which are the rows of the output layer, too."""
+    """The token vectors, which are the rows of the output layer, too. There is no lm_head."""
 
     def logits(self, x):
         """x (..., C) -> (..., vocab)."""
@@ -114,6 +119,7 @@ class TiedEmbedding(nn.Embedding):
 
 @dataclass
 class GPTConfig:
+    """The shape of GPT-2 Small by default. OpenAI's four models have heads of 64 channels."""
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
@@ -129,26 +135,8 @@ class GPTConfig:
         return names.get((self.n_layer, self.n_embd), f'gpt2-{self.n_layer}x{self.n_embd}')
 
 
-def random_numbers(ids, seed):
-    """The random numbers of one answer: set by its prompt and the seed, whatever is computed beside it."""
-    return np.random.default_rng((seed % 2**32, zlib.crc32(np.array(ids, '<i8').tobytes())))
-
-
-def sample_token(logits, temperature, top_k, rng):
-    """logits (vocab,) -> an id: the likeliest at temperature 0, else drawn, from top_k likeliest or all."""
-    if temperature < 1e-6:  # fp32 could not divide by it
-        return logits.argmax().item()
-    logits = logits.float() / temperature
-    if top_k:
-        smallest = logits.topk(min(top_k, len(logits))).values[-1]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
-    # the id at which the cumulated probability reaches a random number above 0 and up to 1
-    cumulated = logits.softmax(dim=0).cumsum(dim=0)
-    return torch.searchsorted(cumulated, cumulated[-1] * (1 - rng.random())).item()
-
-
 class GPT(nn.Module):
-    """The whole network, in GPT-2's parameter names. There is no lm_head: the output layer is wte itself."""
+    """The whole network, in GPT-2's parameter names."""
 
     def __init__(self, config):
         super().__init__()
@@ -193,17 +181,18 @@ class GPT(nn.Module):
         candidates: (ids (V,), biases (V,)), the tokens among which the softmax chooses; None: all.
         """
         if len(targets) > LOGITS_CHUNK:
-            # so many logits are not kept: backward computes those of a chunk again
-            losses = [checkpoint(self.token_losses, *chunk, candidates, use_reentrant=False)
-                      for chunk in zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))]
-            return torch.cat(losses)
+            # 8 rows of 1,024 targets would have logits of 1.6 GB. Backward computes those of a chunk again
+            chunks = zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
+            return torch.cat([checkpoint(self.token_losses, *chunk, candidates, use_reentrant=False)
+                              for chunk in chunks])
         if candidates is None:
             logits = self.logits(x)
         else:
             ids, biases = candidates
             logits = F.linear(self.ln_f(x), self.wte(ids)) + biases
             targets = torch.searchsorted(ids, targets)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # under autocast they are half
+        # under autocast they are in half precision, of which a sum of exponentials would lose too much
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction='none')
 
     def forward(self, ids, targets=None, positions=None, segments=None, loss_reduction='mean',
@@ -234,6 +223,7 @@ class GPT(nn.Module):
         """
         rng = random_numbers(ids, seed)
         new_ids = []
+        # without a cache, every new id costs a forward pass over all those before it
         while len(new_ids) < max_new_tokens and len(ids) + len(new_ids) < self.config.block_size:
             logits = self(torch.tensor([ids + new_ids], device=self.wte.weight.device))[0, -1]
             next_id = sample_token(logits, temperature, top_k, rng)
@@ -244,7 +234,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, where, cache_dir='', download_from='openai', dropout=0.0, mapped=False,
-                        vocab_size=None):
+                        vocab_size=math.inf):
         """
         where: a name of RELEASED, or the path of a file or folder: OpenAI's, Hugging Face's, nanoGPT's,
         chapter 7's or our own. Returns a GPT in fp32 on the CPU, in training mode.
@@ -253,50 +243,49 @@ class GPT(nn.Module):
         are tried first. mapped: leave the weights in the file, read-only. vocab_size: leave out the ids from
         this one on, which some models have beyond their tokenizer's. ModelError names what is at fault.
         """
-        if where in RELEASED:
-            path = fetch_released(where, cache_dir, download_from)
-        else:
-            path = find_checkpoint(where)
+        is_released = where in RELEASED
+        path = fetch_released(where, cache_dir, download_from) if is_released else find_checkpoint(where)
         try:
-            fields, tensors = read_checkpoint(path)
-            config = GPTConfig(**fields, dropout=dropout)
-            if where in RELEASED and replace(config, dropout=0.0) != RELEASED[where].config:
-                wrong = path.with_name('hparams.json') if path.suffix == '.index' else path
-                raise CorruptFile(wrong, f'it is not that of {where}')
-            if vocab_size is not None:
-                config.vocab_size = min(config.vocab_size, vocab_size)
-            with torch.device('meta'):  # no memory and no random numbers for weights that are overwritten
-                model = cls(config).to_empty(device='cpu')
-            model.load_weights(tensors, path, mapped)
+            config, tensors = read_checkpoint(path)
+            config = replace(config, dropout=dropout, vocab_size=min(config.vocab_size, vocab_size))
+            tensors['wte.weight'] = tensors['wte.weight'][:config.vocab_size]
+            # one at a time, so that what is mapped for a tensor is freed before the next one is copied
+            for name in tensors:
+                tensor = tensors[name].float()
+                tensors[name] = tensor if mapped else tensor.clone(memory_format=torch.contiguous_format)
+            with reading(path, f'it does not fit a GPT-2 of {config.n_layer} layers, width {config.n_embd}'):
+                # no memory and no random numbers for weights whose places the tensors take
+                with torch.device('meta'):
+                    model = cls(config)
+                model.load_state_dict(tensors, assign=True)
         except CorruptFile as error:
-            if where not in RELEASED:
+            if not is_released:
                 raise
             error.path.unlink(missing_ok=True)
             raise ModelError(f'{error}; it is removed: start again to download it') from error
         print(f'loaded {path} as {model.config.name}')
         return model
 
-    @torch.no_grad()
-    def load_weights(self, tensors, path, mapped=False):
-        """Copy or map (name, tensor) pairs of path to the parameters: all, in their shapes, and no others."""
-        # one tensor at a time, so that a memory-mapped file is never in memory twice
-        missing = dict(self.named_parameters())
-        kind = f'a GPT-2 of {self.config.n_layer} layers, width {self.config.n_embd}'
-        for name, tensor in tensors:
-            found = f'{path}: {name} is {tuple(tensor.shape)} of {tensor.dtype}'
-            if name not in missing:
-                raise ModelError(f'{found}; {kind} has no such tensor')
-            p = missing.pop(name)
-            if name == 'wte.weight':
-                tensor = tensor[:self.config.vocab_size]
-            if tensor.shape != p.shape or not tensor.is_floating_point():
-                raise ModelError(f'{found}; in {kind} it is {tuple(p.shape)}')
-            if mapped:
-                p.data = tensor.float()
-            else:
-                p.copy_(tensor)
-        if missing:
-            raise ModelError(f'{path}: {", ".join(missing)[:200]} of {kind} is missing')
+
+# -----------------------------------------------------------------------------
+# what generate and engine.py share, and what tells models apart
+
+def random_numbers(ids, seed):
+    """The random numbers of one answer: set by its prompt and the seed, whatever is computed beside it."""
+    return np.random.default_rng([seed % 2**32, *ids])
+
+
+def sample_token(logits, temperature, top_k, rng):
+    """logits (vocab,) -> an id: the likeliest at temperature 0, else drawn, from top_k likeliest or all."""
+    if temperature < 1e-6:  # fp32 could not divide by it
+        return logits.argmax().item()
+    logits = logits.float() / temperature
+    if top_k:
+        smallest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    # the id at which the cumulated probability reaches a random number above 0 and up to 1
+    cumulated = logits.softmax(dim=0).cumsum(dim=0)
+    return torch.searchsorted(cumulated, cumulated[-1] * (1 - rng.random())).item()
 
 
 def fingerprint(tensors):
@@ -308,8 +297,9 @@ def fingerprint(tensors):
     for name, tensor in sorted(tensors.items()):
         digest.update(f'{name} {list(tensor.shape)}'.encode())
         values = tensor.detach().flatten()
-        some = values[::max(1, len(values) // 4096) | 1]  # an odd step, so that it meets all columns
-        digest.update(some.float().cpu().numpy().tobytes())
+        # an odd step, so that it meets all columns: LoRA may change a single one
+        step = max(1, len(values) // 4096) | 1
+        digest.update(values[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -322,11 +312,10 @@ class ModelError(Exception):
 
 
 class CorruptFile(ModelError):
-    """A file whose content is wrong: a checksum, a size, a format or a shape says so."""
+    """A file whose content is wrong: a checksum, a format or a shape says so."""
 
     def __init__(self, path, reason):
-        reason = str(reason) or type(reason).__name__
-        super().__init__(f'cannot read {path}: {reason.splitlines()[0]}')
+        super().__init__(f'cannot read {path}: {reason}')
         self.path = path
 
 
@@ -335,10 +324,14 @@ def reading(path, fault=''):
     """Errors while path is read: the system's become ModelError, those of the content CorruptFile."""
     try:
         yield
+    except (ModelError, ImportError):  # these prove nothing against the file
+        raise
     except OSError as error:
         raise ModelError(f'cannot read {path}: {error.strerror or error}') from error
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise CorruptFile(path, f'{fault} ({error})' if fault else error) from error
+    except Exception as error:  # torch and safetensors do not document which ones they raise
+        reason = ' '.join(str(error).split())
+        reason = reason.partition('. ')[0][:300]
+        raise CorruptFile(path, f'{fault} ({reason})' if fault else reason) from error
 
 
 def find_checkpoint(where):
@@ -346,6 +339,7 @@ def find_checkpoint(where):
     path = Path(where).expanduser()
     if path.is_file():
         return path
+    # a run's best model is its *-sft.pth, even if its ckpt.pt is newer
     for pattern in '*-sft.pth', 'ckpt.pt', '*.index', '*.safetensors.index.json', '*.safetensors':
         found = list(path.glob(pattern))
         if found:
@@ -355,56 +349,68 @@ def find_checkpoint(where):
 
 
 def read_checkpoint(path):
-    """(fields of GPTConfig, (name, tensor) pairs in GPT's names and shapes). Raises ModelError."""
+    """
+    A file -> (its GPTConfig, {name: tensor} in GPT's names and shapes). The shape is told by the file itself,
+    by the .json beside it, or by the tensors. Raises ModelError.
+    """
+    fields = {}
     if path.suffix == '.index':
-        hparams = path.with_name('hparams.json')
-        return config_fields(hparams, read_json(hparams)), read_openai(path)
-    if path.name.endswith(('.safetensors', '.safetensors.index.json')):
-        fields, tensors = read_safetensors(path)
+        tensors = read_openai(path)
+        beside = path.with_name('hparams.json')
+    elif '.safetensors' in path.name:
+        tensors = read_safetensors(path)
+        beside = path.with_name('config.json')
     elif path.suffix in ('.pt', '.pth'):
         fields, tensors = read_torch(path)
+        beside = path.with_suffix('.json')
     else:
         raise ModelError(f'{path} is not a *.pth, *.pt, *.index or *.safetensors')
     with reading(path, 'it does not hold the weights of a GPT-2'):
-        tensors = without_output_layer(path, tensors)
-        if not fields:
-            fields = guess_fields(tensors)
-    return config_fields(path, fields), tensors.items()
+        tensors = convert_tensors(tensors)
+        if not fields and not beside.exists():
+            return guess_config(tensors, beside), tensors
+    if not fields:
+        path = beside
+        fields = read_json(beside)
+        fields = fields.get('model', fields)  # the .json of a run tells more than the shape of its model
+    return make_config(fields, path), tensors
 
 
-def config_fields(path, fields):
-    """Fields in our, OpenAI's or Hugging Face's names -> those of GPTConfig."""
+def read_json(path):
+    """A file of a JSON object -> dict. Raises ModelError."""
+    with reading(path):
+        return dict(json.loads(path.read_text(encoding='utf-8')))
+
+
+def make_config(fields, path):
+    """Fields in our, OpenAI's or Hugging Face's names, which were read from path -> GPTConfig."""
     ours = {'n_ctx': 'block_size', 'n_positions': 'block_size', 'n_vocab': 'vocab_size'}
-    with reading(path, 'it does not tell the shapes of a GPT-2'):
+    names = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
+    with reading(path, 'it does not tell the shape of a GPT-2'):
         fields = {ours.get(key, key): value for key, value in fields.items()}
-        names = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
-        fields = {name: int(fields[name]) for name in names}
-        if min(fields.values()) < 1 or fields['n_embd'] % fields['n_head']:
-            raise ValueError(f'{fields["n_head"]} heads in a width of {fields["n_embd"]}')
-    return fields
+        config = GPTConfig(*[fields[name] for name in names])
+    # what Hugging Face's GPT-2 may vary and this one does not
+    fixed = {
+        'activation_function': 'gelu_new',
+        'layer_norm_epsilon': 1e-5,
+        'scale_attn_weights': True,
+        'scale_attn_by_inverse_layer_idx': False,
+    }
+    for key, value in fixed.items():
+        if fields.get(key, value) != value:
+            raise ModelError(f'{path}: {key} is {fields[key]!r}; this GPT-2 has {value!r}')
+    return config
 
 
-def guess_fields(tensors):
-    """A state dict tells all but the number of heads, which is known for OpenAI's widths."""
+def guess_config(tensors, beside):
+    """The shapes of tensors tell all but the number of heads, which is known for OpenAI's widths."""
     vocab_size, n_embd = tensors['wte.weight'].shape
     n_heads = {768: 12, 1024: 16, 1280: 20, 1600: 25}
     if n_embd not in n_heads:
-        raise ValueError(f'a width of {n_embd} has no usual number of heads: '
-                         'put {"model": {...}} with its shapes into a .json of the same name beside it')
+        raise ModelError(f'a width of {n_embd} has no usual number of heads: write n_layer, n_head, n_embd, '
+                         f'n_positions and vocab_size into {beside}')
     layers = {name.split('.')[1] for name in tensors if name.startswith('h.')}
-    return {'block_size': len(tensors['wpe.weight']), 'vocab_size': vocab_size, 'n_layer': len(layers),
-            'n_head': n_heads[n_embd], 'n_embd': n_embd}
-
-
-def without_output_layer(path, tensors):
-    """Some files hold the tied output layer, too, or instead of wte, or the masks of attention."""
-    tensors = {name: tensor for name, tensor in tensors.items()
-               if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
-    head = tensors.pop('lm_head.weight', None)
-    if head is not None and not torch.equal(head, tensors.setdefault('wte.weight', head)):
-        raise ModelError(f'{path}: its output layer differs from its token embedding; in a GPT-2 they are '
-                         'one tensor, so this model cannot be loaded')
-    return tensors
+    return GPTConfig(len(tensors['wpe.weight']), vocab_size, len(layers), n_heads[n_embd], n_embd)
 
 
 def transpose_conv1d(name, tensor):
@@ -413,382 +419,336 @@ def transpose_conv1d(name, tensor):
     return tensor.t() if is_layer else tensor
 
 
-def read_json(path):
-    with reading(path):
-        return dict(json.loads(path.read_text(encoding='utf-8')))
+# patterns of others' names, which are replaced one after the other
+OUR_NAMES = {
+    # before the name: torch.compile, DistributedDataParallel, Lightning; Hugging Face and nanoGPT; OpenAI
+    '^((_orig_mod|module|model|transformer)[./])+': '',
+    # OpenAI: h0/ln_1/g is h.0.ln_1.weight, and wte is wte.weight
+    '/': '.',
+    '^h([0-9])': r'h.\1',
+    '[.][gw]$': '.weight',
+    '[.]b$': '.bias',
+    '^(wte|wpe)$': r'\1.weight',
+    # "Build a Large Language Model (From Scratch)": trf_blocks.0.ff.layers.2.bias is h.0.mlp.c_proj.bias
+    'tok_emb': 'wte',
+    'pos_emb': 'wpe',
+    'final_norm': 'ln_f',
+    'out_head': 'lm_head',
+    'trf_blocks': 'h',
+    'norm1': 'ln_1',
+    'norm2': 'ln_2',
+    'att.W_query': 'attn.c_attn',
+    'att.out_proj': 'attn.c_proj',
+    'ff.layers.0': 'mlp.c_fc',
+    'ff.layers.2': 'mlp.c_proj',
+    'scale$': 'weight',
+    'shift$': 'bias',
+}
+# masks of attention are not weights; keys and values are joined with their queries
+LEFT_OUT = r'\.(attn\.bias|attn\.masked_bias|att\.mask|att\.W_key\..*|att\.W_value\..*)$'
+
+
+def convert_tensors(tensors):
+    """
+    {name: tensor} of any kind of file -> the same in GPT's names and shapes. ValueError or KeyError if it
+    cannot be that of a GPT-2.
+    """
+    ours = {}
+    for name, tensor in tensors.items():
+        if 'W_query' in name:
+            # queries, keys and values are three matrices there, and one here
+            parts = [tensors[name.replace('query', part)] for part in ('query', 'key', 'value')]
+            tensor = torch.cat(parts)
+        for theirs, replacement in OUR_NAMES.items():
+            name = re.sub(theirs, replacement, name)
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and not re.search(LEFT_OUT, name):
+            ours[name] = tensor
+    # some files hold the tied output layer, too, or instead of wte
+    head = ours.pop('lm_head.weight', None)
+    if head is not None and not torch.equal(head, ours.setdefault('wte.weight', head)):
+        raise ValueError('its output layer differs from its token embedding, and here they are one tensor')
+    if 'wte.weight' not in ours:
+        raise ValueError('no wte.weight; where a run trained LoRA, load the *-sft.pth beside this file')
+    # c_attn, which is not square, tells how layers are stored
+    n_rows, n_columns = ours['h.0.attn.c_attn.weight'].shape
+    if n_rows < n_columns:
+        ours = {name: transpose_conv1d(name, tensor) for name, tensor in ours.items()}
+    # nanoGPT trains without biases by default, which is the same as with biases of zero
+    if not any(name.endswith('bias') for name in ours):
+        weights = [name for name in ours if name.startswith(('h.', 'ln_f.'))]
+        ours |= {name.replace('weight', 'bias'): torch.zeros(len(ours[name])) for name in weights}
+    return ours
 
 
 def read_torch(path):
-    """A run's ckpt.pt, nanoGPT's, or a state dict with its .json beside it -> (fields, {name: tensor})."""
-    try:
+    """
+    A run's ckpt.pt, nanoGPT's, or a state dict alone -> (its shape or {}, {name: tensor}). Nothing of it is
+    run (weights_only), and the tensors stay in the file until they are read (mmap).
+    """
+    with reading(path, 'it is not a whole file of tensors'):
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception as error:  # torch.load documents no exception class
-        raise CorruptFile(path, str(error).split('. ')[0]) from error
-    tensors = {}
-    if isinstance(saved, dict):  # chapter 7's own saving has the third name
-        tensors = saved.get('model') or saved.get('model_state_dict') or saved
-    if not tensors or not all(map(torch.is_tensor, tensors.values())):
-        raise CorruptFile(path, 'it does not hold a state dict')
-    if 'trf_blocks.0.att.W_query.weight' in tensors:
-        tensors = rename_chapter_7(tensors)
-    tensors = {name.removeprefix('_orig_mod.').removeprefix('transformer.'): tensor
-               for name, tensor in tensors.items()}
-    if any(name.endswith('.A') for name in tensors):
-        raise ModelError(f'{path} holds the matrices of LoRA alone: load the *-sft.pth beside it')
-    if 'model_config' in saved:
-        return saved['model_config'], tensors
-    if 'model_args' in saved:
-        return saved['model_args'], with_biases(tensors)
-    beside = path.with_suffix('.json')
-    return read_json(beside).get('model', {}) if beside.exists() else {}, tensors
-
-
-def with_biases(tensors):
-    """nanoGPT trains without biases by default, which is the same as with biases of zero."""
-    for name, tensor in list(tensors.items()):
-        bias = name.replace('.weight', '.bias')
-        if name.startswith(('h.', 'ln_f.')) and bias not in tensors:
-            tensors[bias] = torch.zeros(len(tensor))
-    return tensors
-
-
-def rename_chapter_7(tensors):
-    """The state dict of "Build a Large Language Model From Scratch", with q, k, v apart, in GPT's names."""
-    names = {'tok_emb': 'wte', 'pos_emb': 'wpe', 'final_norm': 'ln_f', 'out_head': 'lm_head',
-             'trf_blocks': 'h', 'norm1': 'ln_1', 'norm2': 'ln_2', 'att.out_proj': 'attn.c_proj',
-             'ff.layers.0': 'mlp.c_fc', 'ff.layers.2': 'mlp.c_proj', 'scale': 'weight', 'shift': 'bias'}
-    renamed = {}
-    for name, tensor in tensors.items():
-        if '.W_key' in name or '.W_value' in name or name.endswith('att.mask'):
-            continue
-        if '.W_query' in name:
-            parts = [tensors[name.replace('query', part)] for part in ('query', 'key', 'value')]
-            tensor = torch.cat(parts)
-            name = name.replace('att.W_query', 'attn.c_attn')
-        for theirs, ours in names.items():
-            name = re.sub(rf'(^|\.){re.escape(theirs)}(?=\.|$)', rf'\1{ours}', name)
-        renamed[name] = tensor
-    return renamed
+        fields = saved.get('model_config') or saved.get('model_args') or {}
+        # the state dict may lie beside an optimizer's, under one of these names
+        for key in 'model', 'model_state_dict', 'state_dict':
+            saved = saved.get(key, saved)
+    return fields, saved
 
 
 def read_safetensors(path):
-    """One file, or the index of several; names with or without transformer. -> (fields, {name: tensor})."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ModelError(f'{path} needs safetensors: pip install safetensors') from error
-    files = {path}
+    """One file, or the index of several -> {name: tensor}."""
+    from safetensors.torch import load_file
+    files = {path.name}
     if path.suffix == '.json':
-        with reading(path, 'its weight_map is not one of tensors and files'):
-            files = {path.with_name(file) for file in read_json(path)['weight_map'].values()}
+        with reading(path, 'its weight_map does not tell the file of each tensor'):
+            files = set(read_json(path)['weight_map'].values())
     tensors = {}
-    for file in sorted(files):
-        try:
-            with reading(file), safe_open(file, 'pt') as opened:
-                for name in opened.keys():
-                    ours = name.removeprefix('transformer.')
-                    tensors[ours] = transpose_conv1d(ours, opened.get_tensor(name))
-        except SafetensorError as error:
-            raise CorruptFile(file, error) from error
-    beside = path.with_name('config.json')
-    fields = read_json(beside) if beside.exists() else {}
-    # what Hugging Face's GPT-2 may vary and this one does not
-    fixed = {'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'scale_attn_weights': True,
-             'scale_attn_by_inverse_layer_idx': False}
-    for key, value in fixed.items():
-        if fields.get(key, value) != value:
-            raise ModelError(f'{beside}: {key} is {fields[key]!r}; this GPT-2 has {value!r}')
-    return fields, tensors
+    for file in files:
+        file = path.with_name(file)
+        with reading(file):
+            tensors |= load_file(file)
+    return tensors
 
 
 # -----------------------------------------------------------------------------
-# OpenAI's checkpoints, without TensorFlow: files of raw floats, and an index, which is a LevelDB table of
-# protobuf messages (leveldb/doc/table_format.md, tensorflow/core/protobuf/tensor_bundle.proto)
-
-INDEX_MAGIC = 0xDB4775248B80FB57  # the last eight bytes of an index
+# OpenAI's checkpoints, without TensorFlow: files of raw floats, and an index that tells where in them a
+# variable is. The index is a LevelDB table (leveldb/doc/table_format.md):
+#
+#     block, block, ... | empty block | block of the handles of the blocks | handles of the last two
+#
+# A handle is an offset and a size. The blocks have pairs: the name of a variable, and a protobuf message on
+# it (tensorflow/core/protobuf/tensor_bundle.proto)
 
 
 def masked_crc(data):
     """The checksum of OpenAI's files, a crc32c that is rotated and shifted as TensorFlow does it."""
-    try:
-        from google_crc32c import value
-    except ImportError as error:
-        raise ModelError("OpenAI's files need google-crc32c: pip install google-crc32c") from error
+    from google_crc32c import value
     crc = value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def read_varint(data, offset):
-    """Seven bits a byte, low first, the eighth says that more follow -> (number, offset after it)."""
+def read_varint(stream):
+    """The next number: seven bits a byte, low ones first, the eighth says that more follow. AC 02 is 300."""
     number = 0
     shift = 0
-    while data[offset] > 127:
-        number |= (data[offset] & 127) << shift
+    while True:
+        byte = stream.read(1)[0]
+        number |= (byte & 127) << shift
         shift += 7
-        offset += 1
-    return number | data[offset] << shift, offset + 1
+        if byte < 128:
+            return number
 
 
 def parse_message(data):
-    """A protobuf message -> {field: its values}, numbers for varints and fixed32, bytes for the rest."""
-    fields = {}
-    offset = 0
-    while offset < len(data):
-        tag, offset = read_varint(data, offset)
+    """Yield (field, value) of a protobuf message: numbers of varints and fixed32, bytes of all else."""
+    stream = io.BytesIO(data)
+    while stream.tell() < len(data):
+        tag = read_varint(stream)
         wire_type = tag & 7
         if wire_type == 0:
-            value, offset = read_varint(data, offset)
-        elif wire_type == 2:
-            size, offset = read_varint(data, offset)
-            value = data[offset:offset + size]
-            offset += size
+            value = read_varint(stream)
         elif wire_type == 5:
-            value = int.from_bytes(data[offset:offset + 4], 'little')
-            offset += 4
-        else:
-            raise ValueError(f'it has a field of wire type {wire_type}')
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
+            value = int.from_bytes(stream.read(4), 'little')
+        else:  # 2: TensorFlow has no others here
+            value = stream.read(read_varint(stream))
+        yield tag >> 3, value
 
 
 def read_block(data, handle):
-    """A table and the handle of a block (varints offset, size): yields its (key, value) pairs. ValueError."""
-    offset, after = read_varint(handle, 0)
-    size, _ = read_varint(handle, after)
-    end = offset + size
-    compression = data[end]
+    """Yield (key, value) of a block of a table. handle: a stream that tells where it is. ValueError."""
+    offset = read_varint(handle)
+    end = offset + read_varint(handle)
+    # behind the block: a byte that says how it is compressed, and the checksum of both
     crc = int.from_bytes(data[end + 1:end + 5], 'little')
-    if compression or masked_crc(data[offset:end + 1]) != crc:
-        raise ValueError(f'the block at {offset} is compressed (type {compression}), or its checksum differs')
-    # the block is its entries, then restart points and their number, which serve binary search
-    block = data[offset:end]
-    entries_end = size - 4 - 4 * int.from_bytes(block[-4:], 'little')
+    if data[end] != 0 or masked_crc(data[offset:end + 1]) != crc:
+        raise ValueError(f'the block at {offset} is compressed, or its checksum differs')
+    # at its end: restart points, which serve binary search, and their number
+    n_restarts = int.from_bytes(data[end - 4:end], 'little')
+    entries = data[offset:end - 4 - 4 * n_restarts]
+    stream = io.BytesIO(entries)
     key = b''
-    i = 0
-    while i < entries_end:
-        # an entry: the bytes it shares with the key before it, the rest of its key, its value
-        n_shared, i = read_varint(block, i)
-        n_own, i = read_varint(block, i)
-        n_value, i = read_varint(block, i)
-        key = key[:n_shared] + block[i:i + n_own]
-        i += n_own + n_value
-        yield key, block[i - n_value:i]
+    while stream.tell() < len(entries):
+        # an entry: how many bytes its key shares with the one before, and the rest of it; its value
+        n_shared = read_varint(stream)
+        n_own = read_varint(stream)
+        n_value = read_varint(stream)
+        key = key[:n_shared] + stream.read(n_own)
+        yield key, stream.read(n_value)
 
 
 def read_index(path):
-    """({variable: its BundleEntryProto, field 2 as a list of dimensions}, the number of data files)."""
-    with reading(path):
+    """({variable: its BundleEntryProto as {field: value}}, the number of data files)."""
+    entries = {}
+    with reading(path, 'it is not the index of a checkpoint'):
         data = path.read_bytes()
-        if len(data) < 48 or data[-8:] != INDEX_MAGIC.to_bytes(8, 'little'):
-            raise ValueError('it does not end as an index does')
-        # the footer: offset and size of the metaindex, which is empty, then the handle of the index block
-        _, offset = read_varint(data, len(data) - 48)
-        _, offset = read_varint(data, offset)
-        entries = {}
-        for _, handle in read_block(data, data[offset:]):
-            for key, value in read_block(data, handle):
-                entries[key.decode()] = parse_message(value)
-        header = entries.pop('', {})
-        if 1 not in header or 2 in header:
-            raise ValueError('it has no header, or a big-endian one')
-        for name, entry in entries.items():
-            if entry.get(1) != [1]:
-                raise ValueError(f'{name} is of type {entry.get(1)}, not float32')
-            dimensions = parse_message(entry[2][0]).get(2, []) if 2 in entry else []
-            entry[2] = [parse_message(dimension).get(1, [0])[0] for dimension in dimensions]
-    return entries, header[1][0]
-
-
-def openai_name(variable):
-    """model/h0/ln_1/g -> h.0.ln_1.weight."""
-    *parts, last = re.sub(r'^h(\d)', r'h/\1', variable.removeprefix('model/')).split('/')
-    ours = {'w': 'weight', 'g': 'weight', 'b': 'bias', 'wte': 'wte.weight', 'wpe': 'wpe.weight'}
-    return '.'.join([*parts, ours.get(last, last)])
+        footer = io.BytesIO(data[-48:])
+        # the handle of the empty block
+        read_varint(footer)
+        read_varint(footer)
+        for _, handle in read_block(data, footer):
+            for key, message in read_block(data, io.BytesIO(handle)):
+                entries[key.decode()] = dict(parse_message(message))
+        # the first entry has no name, and tells of all files
+        return entries, entries.pop('')[1]
 
 
 def read_openai(path):
-    """OpenAI's model.ckpt.index: yields (name, tensor), GPT's names and shapes, verified, memory-mapped."""
+    """OpenAI's model.ckpt.index -> {variable: tensor}, verified and memory-mapped."""
     entries, n_files = read_index(path)
+    tensors = {}
     for variable, entry in entries.items():
-        shape = entry[2]
-        number, offset, size, crc = [entry.get(field, [0])[0] for field in (3, 4, 5, 6)]
-        file = path.with_name(f'{path.stem}.data-{number:05d}-of-{n_files:05d}')
+        # a BundleEntryProto: 1 dtype, 2 shape, 3 file, 4 offset, 5 size, 6 checksum; zeros are left out
+        shape = [dict(parse_message(size)).get(1, 0) for _, size in parse_message(entry[2])]
+        if shape[0] == 1:  # layers are (1, in, out), as for convolutions of width 1
+            shape = shape[1:]
+        file = path.with_name(f'{path.stem}.data-{entry.get(3, 0):05d}-of-{n_files:05d}')
         with reading(file):
-            # mapped again for each tensor, so that the pages of finished ones do not stay in memory
-            raw = np.memmap(file, np.uint8, 'c')[offset:offset + size]
-            if not len(raw) == size == 4 * math.prod(shape):
-                raise ValueError(f'{variable} {shape} has {size} bytes, of which {len(raw)} are there')
-            if masked_crc(raw) != crc:
-                raise ValueError(f'the checksum of {variable} differs')
-        array = np.require(raw.view('<f4'), requirements='A')  # offsets need not be multiples of 4
-        # layers are (1, in, out), as for convolutions of width 1
-        array = array.reshape(shape[-2:] if shape[:1] == [1] else shape)
-        name = openai_name(variable)
-        yield name, transpose_conv1d(name, torch.from_numpy(array))
+            # each has a mapping of its own, which is freed with it
+            raw = np.memmap(file, np.uint8, 'c', entry.get(4, 0), entry.get(5, 0))
+            if entry[1] != 1 or masked_crc(raw) != entry[6]:
+                raise ValueError(f'{variable} is not of float32, or its checksum differs')
+            array = raw.view('<f4').reshape(shape)
+            tensors[variable] = torch.from_numpy(array)
+    return tensors
 
 
 # -----------------------------------------------------------------------------
 # the released weights, downloaded once
 
-@dataclass
-class Released:
-    config: GPTConfig
-    openai_folder: str
-    data_bytes: int  # of model.ckpt.data-00000-of-00001
-    index_bytes: int  # of model.ckpt.index
-    safetensors_bytes: int = 0  # of Hugging Face's file; 0: not known
-    safetensors_sha256: str = ''
-
-
+# OpenAI's name of each, and the bytes of its model.ckpt.data-00000-of-00001
 RELEASED = {
-    'gpt2': Released(
-        GPTConfig(n_layer=12, n_head=12, n_embd=768), '124M', 497_759_232, 5_215, 548_105_171,
-        '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
-    'gpt2-medium': Released(
-        GPTConfig(n_layer=24, n_head=16, n_embd=1024), '355M', 1_419_292_672, 10_399, 0,
-        'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd'),
-    'gpt2-large': Released(GPTConfig(n_layer=36, n_head=20, n_embd=1280), '774M', 3_096_120_320, 15_535),
-    'gpt2-xl': Released(GPTConfig(n_layer=48, n_head=25, n_embd=1600), '1558M', 6_230_444_800, 20_724),
+    'gpt2': ('124M', 497_759_232),
+    'gpt2-medium': ('355M', 1_419_292_672),
+    'gpt2-large': ('774M', 3_096_120_320),
+    'gpt2-xl': ('1558M', 6_230_444_800),
 }
-OPENAI = ('https://openaipublic.blob.core.windows.net/gpt-2/models',
-          'https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2')
-HUGGING_FACE = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + '/openai-community'
-RETRY_WAITS = 0, 1, 2, 4  # seconds before each try of an address
+# the sha256 of Hugging Face's files, where it is known
+HUGGING_FACE_SHA256 = {
+    'gpt2': '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707',
+    'gpt2-medium': 'fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd',
+}
+OPENAI_URLS = ('https://openaipublic.blob.core.windows.net/gpt-2/models',
+               'https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2')
+HUGGING_FACE_URL = os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/') + '/openai-community'
 TIMEOUT = 10, 30  # seconds to connect, and without a byte
 
 
 def fetch_openai(name, folder):
     """Download OpenAI's files of a name of RELEASED unless they are there; the path of the index."""
-    released = RELEASED[name]
-    sizes = {'hparams.json': 0, 'model.ckpt.data-00000-of-00001': released.data_bytes,
-             'model.ckpt.index': released.index_bytes}
+    size_name, n_bytes = RELEASED[name]
+    # the index comes last, so that where it is the numbers are, too
+    sizes = {'model.ckpt.data-00000-of-00001': n_bytes, 'model.ckpt.index': 0}
     for file, size in sizes.items():
-        urls = [f'{base}/{released.openai_folder}/{file}' for base in OPENAI]
+        urls = [f'{base}/{size_name}/{file}' for base in OPENAI_URLS]
         path = download(urls, folder / file, size)
     return path
 
 
 def fetch_huggingface(name, folder):
     """Download Hugging Face's file of a name of RELEASED unless it is there; its path."""
-    released = RELEASED[name]
-    url = f'{HUGGING_FACE}/{name}/resolve/main/model.safetensors'
-    return download([url], folder / 'model.safetensors', released.safetensors_bytes,
-                    released.safetensors_sha256)
+    url = f'{HUGGING_FACE_URL}/{name}/resolve/main/model.safetensors'
+    return download([url], folder / 'model.safetensors', sha256=HUGGING_FACE_SHA256.get(name, ''))
 
 
 def fetch_released(name, cache_dir='', download_from='openai'):
     """A name of RELEASED -> the path of its weights in the cache, downloaded if need be. ModelError."""
     default = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'gpt2-sft')
     folder = Path(cache_dir or default, name).expanduser()
-    sources = {'openai': fetch_openai, 'huggingface': fetch_huggingface}
-    if (folder / 'model.safetensors').exists() and not (folder / 'model.ckpt.index').exists():
-        download_from = 'huggingface'  # an earlier start had to fall back to it
-    # the preferred source first, then the other
+    # the preferred source first, unless an earlier start had to fall back to the other
+    has_fallen_back = (folder / 'model.safetensors').exists() and not (folder / 'model.ckpt.index').exists()
+    sources = [fetch_openai, fetch_huggingface]
+    if download_from == 'huggingface' or has_fallen_back:
+        sources.reverse()
     faults = []
-    for source in sorted(sources, key=lambda source: source != download_from):
+    for fetch_from in sources:
         try:
-            return sources[source](name, folder)
+            return fetch_from(name, folder)
         except ModelError as error:
             faults.append(str(error))
-    raise ModelError(f'{name} cannot be downloaded ({faults[0][:90]}): without a network put its files into '
-                     f'{folder}')
-
-
-def file_fault(path, size, sha256):
-    """What is wrong with a downloaded file, or ''. Some servers send a web page for what is not there."""
-    if size and path.stat().st_size != size:
-        return f'{path.stat().st_size:,} bytes instead of {size:,}'
-    with open(path, 'rb') as file:
-        if sha256 and hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            return f'its sha256 differs from {sha256}'
-        if not size and not sha256 and file.read(1) in (b'', b'<'):
-            return 'a web page in it, or nothing'
-    return ''
+    raise ModelError(f'without a network put the files of {name} into {folder}; {faults[0]}')
 
 
 def download(urls, path, size=0, sha256=''):
     """
-    Fetch path from the first of urls that gives it, unless it is there and right. It is written to path.part
-    and renamed when whole; if size (bytes) or sha256 is given, a partial file is resumed. Time-outs, 5xx, 429
-    and broken connections are retried with back-off, all else goes to the next address. Processes that write
-    to one folder take turns. ModelError lists every address and its fault.
+    Fetch path from the first of urls that gives it, unless it is there. It is written to path.part, checked
+    where its size (bytes) or sha256 is known, and renamed. Where one of them is known, what an earlier start
+    left of it is resumed. Processes that write to one folder take turns. ModelError lists what was tried.
     """
-    import requests
     from filelock import FileLock
     path = Path(path)
-    faults = []
     try:
-        # looked for before the lock too, since a cache may be read-only
-        if path.exists() and not file_fault(path, size, sha256):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name('.lock')):
-            if path.exists() and not file_fault(path, size, sha256):  # another process has just downloaded it
-                return path
-            for url in urls:
-                # waiting helps against a busy server or a broken connection, not against a wrong address
-                for wait in RETRY_WAITS:
-                    time.sleep(wait)
-                    try:
-                        return fetch(url, path, size, sha256)
-                    except (ModelError, ValueError, requests.exceptions.SSLError) as error:
-                        fault = error
-                        break
-                    except requests.RequestException as error:
-                        fault = getattr(error.args[0] if error.args else error, 'reason', error)
-                faults.append(f'{url}: {fault}')
+        # a cache may be read-only, so it is not locked unless something is missing
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name('.lock')):
+                # another process may have downloaded it in the meantime
+                if not path.exists():
+                    fetch_first(urls, path, size, sha256)
     except OSError as error:
         raise ModelError(f'cannot write {path}: {error.strerror or error}') from error
-    raise ModelError(f'cannot download {path.name}: ' + '; '.join(faults))
-
-
-def fetch(url, path, size, sha256):
-    """One try of download: the rest of path.part if the server sends just that, else the whole file."""
-    import requests
-    part = path.with_name(path.name + '.part')
-    can_resume = (size or sha256) and part.exists()
-    have = part.stat().st_size if can_resume else 0
-    headers = {'Accept-Encoding': 'identity'}
-    if have:
-        headers['Range'] = f'bytes={have}-'
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-        status = reply.status_code
-        content_range = reply.headers.get('Content-Range', '')
-        if status == 416 or status == 206 and not content_range.startswith(f'bytes {have}-'):
-            part.unlink(missing_ok=True)
-            raise requests.ConnectionError(f'the partial file cannot be resumed ({status} {content_range})')
-        if status not in (200, 206, 408, 429) and status < 500:
-            raise ModelError(f'HTTP {status}')
-        reply.raise_for_status()
-        if status == 200:  # the server knows no ranges and sends the whole file
-            have = 0
-        total = have + int(reply.headers.get('Content-Length', size - have))
-        if size and total != size:
-            raise ModelError(f'{total:,} bytes instead of {size:,}')
-        have = write_part(reply, part, have, total)
-    if have < size:
-        raise requests.ConnectionError(f'the connection broke after {have:,} of {size:,} bytes')
-    fault = file_fault(part, size, sha256)
-    if fault:
-        part.unlink()
-        raise ModelError(fault)
-    os.replace(part, path)
     return path
 
 
-def write_part(reply, part, have, total):
-    """Append a reply to the part file, which has so many bytes of the total; how many it has in the end."""
+def fetch_first(urls, path, size, sha256):
+    """Fetch path from the first of urls that gives it. ModelError."""
+    import requests
+    from urllib3 import Retry
+    logging.getLogger('urllib3').setLevel(logging.ERROR)  # no line for every attempt
+    # a server that is busy or away is asked again at once, after two seconds and after four
+    retry = Retry(3, backoff_factor=1, status_forcelist=[429, 500, 502, 503, 504],
+                  respect_retry_after_header=False)
+    adapter = requests.adapters.HTTPAdapter(max_retries=retry)
+    session = requests.Session()
+    session.mount('http://', adapter)
+    session.mount('https://', adapter)
+    part = path.with_name(path.name + '.part')
+    if not size and not sha256:
+        part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
+    faults = {}
+    # Retry does not mend a connection that breaks: the next address, or the same one again, goes on there
+    for url in urls * 3:
+        try:
+            fetch(session, url, part)
+            check(part, size, sha256)
+            os.replace(part, path)
+            return
+        except requests.RequestException as error:
+            # urllib3's MaxRetryError, inside requests' own error, has the fault of the last attempt
+            faults[url] = getattr(error.args[0], 'reason', error)
+    tried = '; '.join(f'{url}: {fault}' for url, fault in faults.items())
+    raise ModelError(f'cannot download {path.name}: {tried}')
+
+
+def check(part, size, sha256):
+    """ModelError if a downloaded part is not the right file. It is removed, since no rest would mend it."""
+    n_bytes = part.stat().st_size
+    with open(part, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+    if size not in (0, n_bytes) or sha256 not in ('', digest):
+        part.unlink()
+        raise ModelError(f'another {part.stem} was sent, of {n_bytes:,} bytes and the sha256 {digest}')
+
+
+def fetch(session, url, part):
+    """
+    Append to the part what it lacks of the file at url, or replace it by the whole file, if the server sends
+    that. Raises ModelError or requests' exceptions.
+    """
     from tqdm import tqdm
-    # a bar on a terminal; in a log a line for every tenth
-    is_terminal = sys.stderr.isatty()
-    bar = tqdm(desc=part.stem, total=total or None, initial=have, unit='B', unit_scale=True,
-               disable=not is_terminal)
-    with bar, open(part, 'ab' if have else 'wb') as file:
-        for chunk in reply.iter_content(1 << 16):
-            tenths_before = 10 * have // max(total, 1)
-            file.write(chunk)
-            have += len(chunk)
-            bar.update(len(chunk))
-            if not is_terminal and total and 10 * have // total > tenths_before:
-                print(f'{part.stem}: {have:,} of {total:,} bytes', flush=True)
-    return have
+    have = part.stat().st_size if part.exists() else 0
+    # not compressed on the way, so that bytes can be counted
+    headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'}
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
+        if reply.status_code == 416:  # the part is as long as the file, but was not right
+            part.unlink(missing_ok=True)
+        reply.raise_for_status()
+        if 'text/html' in reply.headers.get('Content-Type', ''):
+            raise ModelError(f'{url} is a web page')
+        if not reply.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
+            have = 0
+        print(f'downloading {url}', flush=True)
+        total = have + int(reply.headers.get('Content-Length', 0))
+        bar = tqdm(desc=part.stem, total=total, initial=have, unit='B', unit_scale=True, disable=None)
+        with bar, open(part, 'ab' if have else 'wb') as file:
+            for chunk in reply.iter_content(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))

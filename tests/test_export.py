@@ -15,7 +15,7 @@ import export
 from config import UserError
 from engine import generate
 from lora import add_lora, load_adapter
-from model import GPT, GPTConfig, fingerprint, read_safetensors, transpose_conv1d
+from model import GPT, GPTConfig, convert_tensors, fingerprint, read_safetensors, transpose_conv1d
 from prepare import EOS, VOCAB_SIZE, encode_prompt, format_prompt, get_tokenizer, read_split, to_row
 from sample import reference_losses
 
@@ -176,7 +176,7 @@ def test_huggingface_shards(again, runs, model):
     index = json.loads((folder / 'model.safetensors.index.json').read_text())
     assert index['metadata']['total_size'] == 4 * sum(p.numel() for p in model.parameters())
     assert set(index['weight_map'].values()) == set(files)
-    _, state = read_safetensors(folder / 'model.safetensors.index.json')
+    state = convert_tensors(read_safetensors(folder / 'model.safetensors.index.json'))
     assert all(torch.equal(state[name], p) for name, p in model.named_parameters())
 
 

@@ -198,18 +198,17 @@ def test_blocks_shards_offsets_and_layers(tmp_path, options):
 
 def test_empty_dimension(tmp_path):
     tensors = write_openai(tmp_path / 'x', tensors={'model/wte': np.ones((2, 3)), 'model/none': np.ones((0, 3))})
-    arrays = dict(read_openai(tmp_path / 'x' / 'model.ckpt.index'))
-    assert arrays['none'].shape == (0, 3) and np.array_equal(arrays['wte.weight'], tensors['model/wte'])
+    arrays = read_openai(tmp_path / 'x' / 'model.ckpt.index')
+    assert arrays['model/none'].shape == (0, 3) and np.array_equal(arrays['model/wte'], tensors['model/wte'])
 
 
 @pytest.mark.parametrize('options, fault', [
-    ({'kind': 1}, 'is compressed (type 1)'),
-    ({'dtype': 9}, 'is of type [9], not float32'),
-    ({'header': field(1, 1) + field(2, 1)}, 'a big-endian one'),
-    ({'header': b''}, 'no header'),
+    ({'kind': 1}, 'is compressed'),
+    ({'dtype': 9}, 'is not of float32'),
+    ({'header': b''}, 'it is not the index of a checkpoint'),
     ({'header': field(1, 2)}, 'model.ckpt.data-00000-of-00002'),
-    ({'more': 4}, 'of which'),
-    ({'extra': number(9 << 3 | 3)}, 'wire type 3'),
+    ({'more': 4}, 'model.ckpt.data-00000-of-00001'),
+    ({'extra': number(9 << 3 | 3)}, 'it is not the index of a checkpoint'),
 ])
 def test_refused_bundles(tmp_path, options, fault):
     write_openai(tmp_path / 'x', **options)
@@ -238,10 +237,10 @@ def test_flipped_bytes_of_data_are_named(tiny):
     for i in (0, 17, len(good) // 2, len(good) - 1):
         data.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1:])
         fault = fault_of(tiny)
-        assert str(data) in fault and 'the checksum of model/' in fault
+        assert f'cannot read {data}: model/' in fault and 'its checksum differs' in fault
     assert data.exists()  # a folder of the user's is not touched
     data.write_bytes(good[:-1])
-    assert 'model/wte [257, 32] has 32896 bytes, of which 32895 are there' in fault_of(tiny)
+    assert f'cannot read {data}: mmap length is greater than file size' in fault_of(tiny)
     data.write_bytes(b'')
     assert 'cannot read ' + str(data) in fault_of(tiny)
     data.unlink()
@@ -259,22 +258,23 @@ def test_faulty_hparams(tiny, text):
 def test_gap_extra_and_wrong_shape_are_named(tmp_path):
     tensors = openai_tensors(SHAPE, np.random.default_rng(1))
     write_openai(tmp_path / 'a', tensors={k: v for k, v in tensors.items() if k != 'model/h10/ln_1/g'})
-    assert 'h.10.ln_1.weight of a GPT-2 of 13 layers, width 8 is missing' in fault_of(tmp_path / 'a')
+    fault = fault_of(tmp_path / 'a')
+    assert 'it does not fit a GPT-2 of 13 layers, width 8' in fault and 'Missing key(s) in state_dict: "h.10.ln_1.weight"' in fault
     write_openai(tmp_path / 'b', tensors=tensors | {'model/h13/ln_1/g': np.ones(8)})
-    assert 'h.13.ln_1.weight is (8,) of torch.float32; a GPT-2 of 13 layers, width 8 has no such tensor' in fault_of(tmp_path / 'b')
+    assert 'Unexpected key(s) in state_dict: "h.13.ln_1.weight"' in fault_of(tmp_path / 'b')
     write_openai(tmp_path / 'c', tensors=tensors | {'model/h0/mlp/c_fc/w': np.ones((1, 8, 31))})
-    assert 'h.0.mlp.c_fc.weight is (31, 8) of torch.float32' in fault_of(tmp_path / 'c')
-    assert 'it is (32, 8)' in fault_of(tmp_path / 'c')
+    assert 'size mismatch for h.0.mlp.c_fc.weight' in fault_of(tmp_path / 'c')
     write_openai(tmp_path / 'd', SHAPE | {'n_head': 3}, tensors)
     assert '3 heads in a width of 8' in fault_of(tmp_path / 'd')
 
 
 def test_absent_libraries_are_named(tmp_path, reference, monkeypatch):
     write_safetensors(tmp_path, reference)
-    monkeypatch.setitem(sys.modules, 'google_crc32c', None)
-    monkeypatch.setitem(sys.modules, 'safetensors', None)
-    assert 'pip install google-crc32c' in fault_of(TINY)
-    assert 'pip install safetensors' in fault_of(tmp_path)
+    for where, library in (TINY, 'google_crc32c'), (tmp_path, 'safetensors.torch'):
+        with pytest.raises(ModuleNotFoundError) as error:  # which config prints in one line
+            monkeypatch.setitem(sys.modules, library, None)
+            GPT.from_pretrained(where)
+        assert library in str(error.value)
 
 
 # --- Hugging Face's form
@@ -365,11 +365,10 @@ def test_the_heads_of_another_width_are_not_guessed(tmp_path, form):
         assert same(GPT.from_pretrained(tmp_path), model)
 
 
-@pytest.mark.xfail(strict=True, reason='it names a .json that is not read for safetensors')
 def test_where_to_tell_the_heads_of_safetensors(tmp_path):
     write_safetensors(tmp_path, GPT(GPTConfig(32, 50, 2, 4, 128)))
     (tmp_path / 'config.json').unlink()
-    assert 'config.json' in fault_of(tmp_path)
+    assert f'into {tmp_path / "config.json"}' in fault_of(tmp_path)
 
 
 def as_module(tensors):
@@ -403,14 +402,14 @@ def test_faulty_safetensors(tmp_path, reference):
     tensors = huggingface_tensors(reference)
     file = tmp_path / 'model.safetensors'
     write_safetensors(tmp_path, reference, tensors | {'h.0.ln_1.bias': torch.zeros(31)})
-    assert 'h.0.ln_1.bias is (31,) of torch.float32' in fault_of(tmp_path) and 'it is (32,)' in fault_of(tmp_path)
+    assert 'size mismatch for h.0.ln_1.bias' in fault_of(tmp_path) and 'torch.Size([31])' in fault_of(tmp_path)
     write_safetensors(tmp_path, reference, tensors | {'h.0.ln_1.bias': torch.zeros(32, dtype=torch.int64)})
-    assert 'torch.int64' in fault_of(tmp_path)
+    assert 'Missing key(s) in state_dict: "h.0.ln_1.bias"' in fault_of(tmp_path)  # whole numbers are not weights
     write_safetensors(tmp_path, reference, tensors | {'score.weight': torch.zeros(2, 3)})
-    assert 'score.weight is (2, 3)' in fault_of(tmp_path) and 'has no such tensor' in fault_of(tmp_path)
+    assert 'Unexpected key(s) in state_dict: "score.weight"' in fault_of(tmp_path)
     del tensors['wpe.weight']
     write_safetensors(tmp_path, reference, tensors)
-    assert 'wpe.weight of' in fault_of(tmp_path) and 'missing' in fault_of(tmp_path)
+    assert 'Missing key(s) in state_dict: "wpe.weight"' in fault_of(tmp_path)
     write_safetensors(tmp_path, reference, config={'activation_function': 'gelu'})
     assert "activation_function is 'gelu'; this GPT-2 has 'gelu_new'" in fault_of(tmp_path)
     file.write_bytes(file.read_bytes()[:-5])
@@ -485,9 +484,9 @@ def test_faulty_own_checkpoints(tmp_path, reference, monkeypatch):
         assert 'cannot read x.pth' in fault_of('x.pth')
     torch.save({name.replace('h.1', 'h.7'): tensors[name] for name in tensors}, 'x.pth')
     Path('x.json').write_text(json.dumps({'model': vars(reference.config)}))
-    assert 'h.7.ln_1.weight is (32,)' in fault_of('x.pth') and 'a GPT-2 of 2 layers' in fault_of('x.pth')
+    assert 'Missing key(s) in state_dict: "h.1.ln_1.weight"' in fault_of('x.pth') and 'a GPT-2 of 2 layers' in fault_of('x.pth')
     torch.save({'h.0.attn.c_attn.A': torch.ones(2, 3)}, 'x.pth')
-    assert 'x.pth holds the matrices of LoRA alone: load the *-sft.pth beside it' in fault_of('x.pth')
+    assert 'x.pth' in fault_of('x.pth') and 'where a run trained LoRA, load the *-sft.pth beside this file' in fault_of('x.pth')
     Path('x.json').write_text(Path('x.json').read_text()[:-9])
     torch.save(tensors, 'x.pth')
     assert 'cannot read x.json' in fault_of('x.pth')
@@ -613,7 +612,7 @@ def test_an_untied_output_layer_is_refused(tmp_path):
     state['out_head.weight'][3] += 1
     torch.save(state, tmp_path / 'x.pth')
     said = fault_of(tmp_path / 'x.pth')
-    assert 'x.pth: its output layer differs from its token embedding' in said and 'this model cannot be loaded' in said
+    assert 'cannot read' in said and 'x.pth' in said and 'its output layer differs from its token embedding' in said
 
 
 @pytest.mark.parametrize('has_biases', [True, False])
