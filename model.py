@@ -368,7 +368,7 @@ def read_checkpoint(path):
     with reading(path, 'it does not hold the weights of a GPT-2'):
         tensors = convert_tensors(tensors)
         if not fields and not beside.exists():
-            return guess_config(tensors, beside), tensors
+            return guess_config(tensors, path, beside), tensors
     if not fields:
         path = beside
         fields = read_json(beside)
@@ -402,13 +402,13 @@ def make_config(fields, path):
     return config
 
 
-def guess_config(tensors, beside):
+def guess_config(tensors, path, beside):
     """The shapes of tensors tell all but the number of heads, which is known for OpenAI's widths."""
     vocab_size, n_embd = tensors['wte.weight'].shape
     n_heads = {768: 12, 1024: 16, 1280: 20, 1600: 25}
     if n_embd not in n_heads:
-        raise ModelError(f'a width of {n_embd} has no usual number of heads: write n_layer, n_head, n_embd, '
-                         f'n_positions and vocab_size into {beside}')
+        raise ModelError(f'{path}: a width of {n_embd} has no usual number of heads: write n_layer, n_head, '
+                         f'n_embd, n_positions and vocab_size into {beside}')
     layers = {name.split('.')[1] for name in tensors if name.startswith('h.')}
     return GPTConfig(len(tensors['wpe.weight']), vocab_size, len(layers), n_heads[n_embd], n_embd)
 

@@ -297,7 +297,7 @@ def released(server, monkeypatch, tmp_path):
     monkeypatch.setitem(module.RELEASED, 'gpt2', ('124M', (source / DATA).stat().st_size))
     monkeypatch.setitem(module.HUGGING_FACE_SHA256, 'gpt2', hashlib.sha256(hf).hexdigest())
     # no file beside them tells the shape, and so small a width has no usual number of heads
-    monkeypatch.setattr(module, 'guess_config', lambda tensors, beside: GPTConfig(8, 40, 1, 2, 128))
+    monkeypatch.setattr(module, 'guess_config', lambda tensors, path, beside: GPTConfig(8, 40, 1, 2, 128))
     server.files = {f'/{base}/124M/{name}': (source / name).read_bytes() for base in ('first', 'backup') for name in (INDEX, DATA)}
     server.files['/hf/gpt2/resolve/main/model.safetensors'] = hf
     server.cache = tmp_path / 'cache' / 'gpt2'
@@ -417,7 +417,7 @@ def test_default_cache(released, monkeypatch, tmp_path):
 def test_released_shapes(name, n_layer, n_embd, parameters):
     with torch.device('meta'):
         tensors = GPT(GPTConfig(n_layer=n_layer, n_head=1, n_embd=n_embd)).state_dict()
-        config = module.guess_config(tensors, 'hparams.json')
+        config = module.guess_config(tensors, 'model.ckpt.index', 'hparams.json')
         model = GPT(config)
     assert config == GPTConfig(n_layer=n_layer, n_head=n_embd // 64, n_embd=n_embd)
     assert sum(p.numel() for p in model.parameters()) == parameters
