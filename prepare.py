@@ -14,7 +14,6 @@ import csv
 import functools
 import glob
 import gzip
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -22,8 +21,8 @@ import os
 import random
 import re
 import shutil
-import struct
 import sys
+import zlib
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -165,10 +164,6 @@ def encode_row(row, block_size):
 class Fault(ValueError):
     """What is wrong with a row or a file: in words that others may share, behind a colon what was seen."""
 
-    @property
-    def reason(self):
-        return str(self).partition(':')[0]
-
 
 def shown(value):
     """A value as a message shows it: at most 80 characters of it."""
@@ -181,43 +176,49 @@ OTHER_FORMATS = {b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'
 
 
 def read_values(path):
-    """Yields the values of a file. Raises OSError, EOFError, UnicodeDecodeError or Fault."""
+    """Yields the values of a file. Raises OSError, EOFError, ValueError or zlib.error."""
     with open(path, 'rb') as file:
         magic = file.read(8)
-    if magic.startswith(b'PAR1'):
-        yield from read_parquet(path)
-        return
     for mark, name in OTHER_FORMATS.items():
         if magic.startswith(mark):
             raise Fault(f'it is {name}: save it as JSON, JSONL, CSV or Parquet, gzipped or not')
+    if magic.startswith(b'PAR1'):
+        yield from read_parquet(path)
+        return
     opener = gzip.open if magic.startswith(b'\x1f\x8b') else open
     # newline: the lines of JSONL may hold other characters at which Python ends a line, and cells line breaks
     with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
-        first_line = next((line for line in file if line.strip()), '')
-        if first_line.lstrip().startswith(('[', '{')):
-            yield from read_json_text(file, first_line)
-        else:
-            yield from read_table(file, first_line)
+        beginning = file.read(10_000).lstrip()
+        file.seek(0)
+        is_json = beginning.startswith(('[', '{'))
+        yield from read_json_text(file) if is_json else read_table(file)
 
 
-def read_table(file, header):
+def read_table(file):
     """Yields the rows of a table with commas, semicolons or tabs, whose header names the columns."""
+    header = next((line for line in file if line.strip()), '')
     delimiter = max(',;\t', key=header.count)
     if delimiter not in header:
         raise Fault(f'it is not JSON, JSONL, CSV or Parquet: it begins with {shown(header)}')
-    csv.field_size_limit(sys.maxsize)
-    yield from csv.DictReader(itertools.chain([header], file), delimiter=delimiter)
+    csv.field_size_limit(1 << 30)
+    lines = itertools.chain([header], file)
+    try:
+        # strict: a quotation mark that nothing closes would take the rest of the file for one cell
+        yield from csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+    except csv.Error as error:
+        raise Fault(f'a quotation mark in it is not closed, or not doubled within a cell: {error}') from error
 
 
 # NaN and Infinity, which JSON does not know, are read as null
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
 
-def read_json_text(file, text):
+def read_json_text(file):
     """
-    Yields the values of a JSON list, or objects one after the other, as in JSONL. text: what was read of the
-    file already; the rest comes in blocks, and a value that a block cuts is decoded again with the next one.
+    Yields the values of a JSON list, or objects one after the other, as in JSONL. The text comes in blocks,
+    since a file may be larger than memory; a value that a block cuts is decoded again with the next one.
     """
+    text = file.read(1 << 20)
     is_list = text.lstrip().startswith('[')
     i = text.index('[') + 1 if is_list else 0
     n_before = 0  # lines of the file before the text
@@ -229,9 +230,9 @@ def read_json_text(file, text):
             value, i = DECODER.raw_decode(text, i)
             yield value
         except json.JSONDecodeError as error:
-            # the text is wrong, or it ends within a value: then the error is at its end, or about its end. A
-            # block as long as what is kept keeps the time linear
+            # the text is wrong, or it ends within a value: then the error is at its end, or about its end
             is_cut = error.pos > len(text) - 20 or error.msg.startswith('Unterminated string')
+            # a block as long as what is kept: the time stays linear
             block = file.read(max(1 << 20, len(text) - i)) if is_cut else ''
             if not block and i == len(text) and not is_list:
                 return
@@ -250,17 +251,6 @@ def read_parquet(path):
     """Yields the rows of a Parquet file."""
     import pyarrow
     from pyarrow import parquet
-
-    def values_of(column):
-        try:
-            values = column.to_pylist()
-        except ValueError:  # times in nanoseconds, say
-            return column.cast(pyarrow.string()).to_pylist()
-        if str(column.type).startswith('extension<arrow.json'):
-            # the package datasets writes columns of mixed types as texts of JSON
-            values = [value and json.loads(value) for value in values]
-        return values
-
     try:
         for batch in parquet.ParquetFile(path).iter_batches(8192):
             for cells in zip(*map(values_of, batch.columns)):
@@ -269,39 +259,78 @@ def read_parquet(path):
         raise Fault(f'it is not a whole Parquet file: {error}') from error
 
 
+def values_of(column):
+    """The values of a Parquet's column. What Python cannot hold becomes text, or None where it is nested."""
+    try:
+        values = column.to_pylist()
+    except (ValueError, OverflowError):  # times in nanoseconds, say, or after the year 9999
+        if column.type.num_fields > 0:
+            return [None] * len(column)
+        return column.cast('string').to_pylist()
+    if 'arrow.json' in str(column.type):
+        values = [parse_json(value, column.type) for value in values]
+    return values
+
+
+def parse_json(value, kind):
+    """A value of this Arrow type, where the package datasets wrote what has mixed types as texts of JSON."""
+    if str(kind).startswith('extension<arrow.json'):
+        return value and json.loads(value)
+    if isinstance(value, dict):
+        return {field.name: parse_json(value[field.name], field.type) for field in kind}
+    if isinstance(value, list):
+        return [parse_json(item, kind.value_type) for item in value]
+    return value
+
+
 # -----------------------------------------------------------------------------
 # values to rows of instruction, input and output, whatever their fields are called
 
-CONVENTIONS = [  # what instruction, input and output are called; the input may be missing
-    ('instruction', 'input', 'output'),  # Alpaca
-    ('instruction', 'context', 'response'),  # Dolly
-    ('prompt', 'input', 'completion'),
-    ('question', 'context', 'answer'),
-    ('query', 'context', 'response'),
-]
+FIELDS = 'instruction', 'input', 'output'
+# what the instruction may be called, and what the output beside it; the first name that a row has counts
+CONVENTIONS = {
+    'instruction': ('output', 'response', 'completion', 'answer'),  # Alpaca's and Dolly's come first
+    'prompt': ('completion', 'output', 'response', 'answer'),
+    'question': ('answer', 'output', 'response', 'completion'),
+    'query': ('response', 'output', 'completion', 'answer'),
+}
 CHATS = 'messages', 'conversations', 'conversation'  # fields that hold a chat, a list of messages
 SYSTEM = 'system', 'developer'  # what the roles in chats are called
-USER = 'user', 'human'
+USER = 'user', 'human', 'prompter'
 ASSISTANT = 'assistant', 'gpt', 'chatgpt', 'model', 'bot'
 
 
+def rows_of_columns(table):
+    """{"a": [1, 2], "b": [3, 4]} -> [{"a": 1, "b": 3}, {"a": 2, "b": 4}]; None if that holds no columns."""
+    columns = list(table.values())
+    are_lists = all(isinstance(column, list) for column in columns)
+    if not are_lists or len(set(map(len, columns))) != 1:
+        return None
+    return [dict(zip(table, cells)) for cells in zip(*columns)]
+
+
 def unwrap(value):
-    """A file's value -> its rows: {"data": [rows]} holds them, {"instruction": [...], ...} holds columns."""
+    """
+    A file's value -> its rows. Mostly it is one. It may hold several, as {"data": [{...}, {...}]}; or
+    columns, as {"instruction": ["a", "b"], "output": ["c", "d"]}; or, in self-instruct's form, several inputs
+    and outputs to one instruction: {"instruction": "a", "instances": [{"input": "b", "output": "c"}]}.
+    """
     if not isinstance(value, dict) or not value.keys().isdisjoint(CHATS):
         return [value]
     lists = [cells for cells in value.values() if isinstance(cells, list) and cells]
     tables = [cells for cells in lists if isinstance(cells[0], dict)]
-    is_row = any(names[0] in value for names in CONVENTIONS)
-    if len(tables) == 1 and not is_row:
-        return tables[0]
-    if len(lists) == len(value) > 1 and not tables and len(set(map(len, lists))) == 1:
-        return [dict(zip(value, cells)) for cells in zip(*lists)]
-    return [value]
+    if not tables:
+        return rows_of_columns(value) or [value]
+    if len(tables) > 1 or 'output' in value:
+        return [value]
+    if any(name in value for name in CONVENTIONS):
+        return [value | row for row in tables[0]] if 'output' in tables[0][0] else [value]
+    return tables[0]
 
 
 def text_of(message):
     """The text of a chat's message, '' if it has none. Fault if it has parts that are not text."""
-    content = message.get('content', message.get('value')) or ''
+    content = message.get('content') or message.get('value') or message.get('text') or ''
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get('text') if isinstance(part, dict) else part
@@ -316,16 +345,18 @@ def first_exchange(chat, needs_output):
     A chat -> {instruction, input, output} of its first exchange: what the user says first, the system's text
     before it, and the answer. What else there is, is counted. Fault if there is no such exchange.
     """
-    if isinstance(chat, dict) and all(isinstance(column, list) for column in chat.values()):
-        chat = [dict(zip(chat, cells)) for cells in zip(*chat.values())]  # it holds columns
+    if isinstance(chat, dict):
+        chat = rows_of_columns(chat)
+    if isinstance(chat, list) and all(isinstance(text, str) for text in chat):  # LIMA's form: in turns
+        roles = itertools.cycle(('user', 'assistant'))
+        chat = [{'role': role, 'content': text} for role, text in zip(roles, chat)]
     if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
         raise Fault(f'its chat is not a list of messages: {shown(chat)}')
     system = []
     question = []
     answer = {}
-    role = None
     for message in chat:
-        role = message.get('role', message.get('from'))
+        role = str(message.get('role') or message.get('from')).lower()
         if role in SYSTEM and not question:
             system.append(text_of(message))
         elif role in USER:
@@ -333,13 +364,13 @@ def first_exchange(chat, needs_output):
         elif question:
             answer = message
             break
-    is_call = role not in ASSISTANT or answer.get('tool_calls') or answer.get('function_call')
-    fault = ''
     if not question:
         raise Fault('its chat has no message of the user')
+
+    fault = ''
     if not answer:
         fault = 'the first question of its chat is not answered'
-    elif is_call:
+    elif role not in ASSISTANT or answer.get('tool_calls') or answer.get('function_call'):
         fault = f'the first question of its chat is not answered, but followed by a tool call: {role}'
     elif answer.get('weight') == 0:
         fault = 'the first answer of its chat has weight 0'
@@ -360,14 +391,10 @@ def find_names(row, given):
     """What instruction, input and output are called in this row: as given, or by a convention that it has."""
     if given.get('instruction') in row:
         return given['instruction'], given.get('input', 'input'), given['output']
-    for names in CONVENTIONS:
-        if names[0] in row and names[2] in row:
-            break
-    else:  # a mixture of conventions, or none
-        names = (next((names[0] for names in CONVENTIONS if names[0] in row), 'instruction'), 'input',
-                 next((names[2] for names in CONVENTIONS if names[2] in row), 'output'))
+    instruction = next((name for name in CONVENTIONS if name in row), 'instruction')
+    output = next((name for name in CONVENTIONS[instruction] if name in row), 'output')
     is_context = 'input' not in row and isinstance(row.get('context'), str)
-    return names[0], 'context' if is_context else 'input', names[2]
+    return instruction, 'context' if is_context else 'input', output
 
 
 def to_row(value, given, needs_output=True):
@@ -377,27 +404,30 @@ def to_row(value, given, needs_output=True):
     """
     if not isinstance(value, dict):
         raise Fault(f'it is {type(value).__name__}, not an object: {shown(value)}')
+    if None in value:  # where the csv module keeps them
+        raise Fault(f'it has more cells than the header: {shown(value[None])}')
     # null and NaN are missing
     row = {key: cell for key, cell in value.items() if cell is not None and cell == cell}
-    there = ', '.join(map(str, row))[:160]
-    if isinstance(row.get('prompt'), list):  # TRL's form of a chat in two parts
-        row['messages'] = row.pop('prompt') + row.pop('completion', [])
-    for name in row.keys() & CHATS:
-        if given.get('instruction') not in row:
-            row |= first_exchange(row.pop(name), needs_output)
-    for ours, theirs in zip(CONVENTIONS[0], find_names(row, given)):
+    is_named = given.get('instruction') in row
+    if isinstance(row.get('prompt'), list) and isinstance(row.get('completion', []), list):
+        row['messages'] = row.pop('prompt') + row.pop('completion', [])  # TRL's form of a chat in two parts
+    chat = next((name for name in CHATS if name in row), None)
+    if chat and not is_named:
+        row |= first_exchange(row.pop(chat), needs_output)
+    for ours, theirs in zip(FIELDS, find_names(row, given)):
         if theirs in row:
             row[ours] = row.pop(theirs)
             if not isinstance(row[ours], str):
                 raise Fault(f'{theirs} is not a text: {shown(row[ours])}')
         elif ours == 'instruction' or ours == 'output' and needs_output:
-            raise Fault(f'{theirs} is missing: say which of {there} it is, '
+            raise Fault(f'{theirs} is missing: say which of {", ".join(value)[:160]} it is, '
                         '--fields=instruction:...,output:...')
     if not row['instruction'].strip():
         raise Fault('instruction is empty')
     # a system prompt in a column of its own comes before the input, earlier turns are counted
-    if isinstance(row.get('system'), str) and row['system'].strip():
-        row['input'] = '\n\n'.join(filter(None, [row.pop('system'), row.get('input')]))
+    for name in 'system', 'system_prompt':
+        if isinstance(row.get(name), str) and row[name].strip():
+            row['input'] = '\n\n'.join(filter(None, [row.pop(name), row.get('input')]))
     if isinstance(row.get('history'), list):
         row['messages_left_out'] = row.get('messages_left_out', 0) + 2 * len(row['history'])
     return row
@@ -406,7 +436,7 @@ def to_row(value, given, needs_output=True):
 def parse_fields(fields):
     """The setting fields -> {ours: theirs}."""
     given = dict(pair.strip().partition(':')[::2] for pair in fields.split(',') if fields)
-    is_right = not given or {'instruction', 'output'} <= given.keys() <= set(CONVENTIONS[0])
+    is_right = not given or {'instruction', 'output'} <= given.keys() <= set(FIELDS)
     if not is_right or '' in given.values():
         raise UserError(f'fields={fields!r} must be like instruction:q,output:a, or with input:c, too')
     return given
@@ -428,12 +458,13 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
             try:
                 row = to_row(value, given, needs_output)
             except Fault as fault:
-                left_out[fault.reason] += 1
-                faults.setdefault(fault.reason, f'row {number}: {fault}')
+                reason = 'rows: ' + str(fault).partition(':')[0]
+                left_out[reason] += 1
+                faults.setdefault(reason, f'row {number}: {fault}')
             else:
                 seen.update(value)
                 yield row
-    except (OSError, EOFError, UnicodeDecodeError, Fault) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f'cannot read {path}: {error}') from error
     if number < 0:
         raise UserError(f'{path} has no rows')
@@ -446,26 +477,22 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
 # -----------------------------------------------------------------------------
 # sources, and the splits of their rows
 
-def find_sources(source):
+def find_sources(names):
     """{name: path} of the files that a setting names. URLs are downloaded. Raises UserError."""
     # a comma separates names, unless it belongs to the name of a file that is there
-    names = [source] if Path(source).is_file() else [name.strip() for name in source.split(',')]
+    names = [names] if Path(names).is_file() else names.split(',')
     paths = {}
-    for name in filter(None, names):
+    for name in filter(None, map(str.strip, names)):
         if name.startswith(('http://', 'https://')):
             from model import download  # here, as files at hand need no torch
-            mark = hashlib.sha256(name.encode()).hexdigest()[:8]
-            last = name.rpartition('/')[2].partition('?')[0]
-            paths[name] = download([name], Path('data', dataset, f'download-{mark}-{last}'))
+            paths[name] = download([name], Path('data', dataset, f'download-{sha256_of(name)[:8]}'))
             continue
-        found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+        found = sorted(glob.glob(name, recursive=True)) or [name]
         # a script beside it that is called after it writes it: make_demo.py demo.json and demo_heldback.json
         script = Path(name).with_name(f'make_{Path(name).stem.partition("_")[0]}.py')
-        if not found and script.exists():
+        if not Path(found[0]).exists() and script.exists():
             raise UserError(f'there is no {name}; run: python {script}')
-        paths |= {path: path for path in found or [name]}
-    if not paths:
-        raise UserError('source is empty: name a file, like --source=rows.json')
+        paths |= zip(found, found)
     return paths
 
 
@@ -477,58 +504,53 @@ def normalize(text):
     return ' '.join(word.strip('.,;:!?"\'()[]') or word for word in text.casefold().split())
 
 
-# what memory holds of each row: numbers, and hashes by which rows, prompts and answers are compared
-ROW_STATS = ('source', 'length', 'header', 'answer', 'is_cut', 'spells_end', 'n_bytes', 'row_key',
-             'prompt_key', 'answer_key')
+def read_sources(sources, left_out, seen):
+    """Yields each row of {name: path} with the number of its file; of several files a row tells its name."""
+    for number, (name, path) in enumerate(sources.items()):
+        for row in read_rows(path, fields, True, skip_faulty, left_out, seen):
+            if len(sources) > 1:
+                row['source_file'] = name
+            yield number, row
 
 
-class Encoded(NamedTuple):
-    """Rows that were read and encoded, in the order of their files; their ids and texts lie in files."""
-    stats: dict  # name of ROW_STATS -> an int64 array, an element for each row
-    n_shared: int  # how many ids all prompts begin with
-    left_out: Counter  # faulty rows, messages and texts that are left out, by reason
-    seen: set  # the names of the rows' fields
+# what memory holds of each row: where its ids and its text lie in two files, its number of ids and where in
+# them header and answer begin, and hashes by which rows, prompts and answers are compared
+COLUMNS = ('source', 'ids_at', 'length', 'header', 'answer', 'is_cut', 'spells_end', 'text_at', 'text_size',
+           'row_key', 'prompt_key', 'answer_key')
 
 
-def encode_sources(sources, part):
+def encode_sources(sources, part, left_out, seen):
     """
-    Read and encode the rows of {name: path}: an Encoded. Their ids are written to part/ids, the rows as
-    JSON to part/rows; a row says which of several files it is from.
+    Read and encode the rows of {name: path}; their ids are written to part/ids, they as JSON to part/rows.
+    Return (table, n_shared): an array with COLUMNS, and how many ids all prompts begin with.
     """
     numbers = array('q')
-    left_out = Counter()
-    seen = set()
     shared = None
-
-    def rows():
-        for number, (name, path) in enumerate(sources.items()):
-            for row in read_rows(path, fields, True, skip_faulty, left_out, seen):
-                yield number, row | ({'source_file': name} if len(sources) > 1 else {})
-
     with (open(part / 'ids', 'wb') as ids_file, open(part / 'rows', 'wb') as rows_file,
-          tqdm(rows(), unit='row', disable=None) as bar):
-        for n_rows, (number, row) in enumerate(bar, 1):
+          tqdm(read_sources(sources, left_out, seen), unit='row', disable=None) as bar):
+        for n_rows, (source, row) in enumerate(bar, 1):
             ids, header, answer = encode_row(row, block_size) or ([], 0, 0)
             text = to_json(row)
-            ids_file.write(struct.pack(f'<{len(ids)}H', *ids))
+            output = row['output']
+            prompt = row['instruction'], row.get('input', '')
+            numbers.extend((
+                source, ids_file.tell(), len(ids), header, answer, ids[-1:] != [EOS], END in output,
+                rows_file.tell(), len(text), hash((prompt, output)), hash(tuple(map(normalize, prompt))),
+                hash(output.strip())))
+            ids_file.write(array('H', ids))
             rows_file.write(text)
-            texts = row['instruction'], row.get('input', ''), row['output']
-            prompt = normalize(texts[0]), normalize(texts[1])
-            numbers.extend((number, len(ids), header, answer, ids[-1:] != [EOS], END in texts[2], len(text),
-                            hash(texts), hash(prompt), hash(texts[2].strip())))
-            if ids and ids[:answer - 1][:len(shared or [])] != shared:
-                shared = os.path.commonprefix([ids[:answer - 1], shared or ids[:answer - 1]])
-            left_out[MESSAGES] += row.get('messages_left_out', 0)
-            left_out[REASONING] += row.get('reasoning_left_out', 0)
+            # the last id of a prompt is not shared: it predicts the answer's first, which is the row's own
+            prompt_ids = ids[:answer - 1]
+            if ids and prompt_ids[:len(shared or [])] != shared:
+                shared = os.path.commonprefix([prompt_ids, shared or prompt_ids])
+            left_out['messages: a row is the first exchange of a chat'] += row.get('messages_left_out', 0)
+            left_out['texts of reasoning'] += row.get('reasoning_left_out', 0)
             if bar.disable and n_rows % 200_000 == 0:
                 print(f'{n_rows:,} rows read', flush=True)
-    columns = np.frombuffer(numbers, np.int64).reshape(-1, len(ROW_STATS)).T
-    return Encoded(dict(zip(ROW_STATS, columns)), len(shared or []), left_out, seen)
+    table = np.frombuffer(numbers, [(name, np.int64) for name in COLUMNS]).view(np.recarray)
+    return table, len(shared or [])
 
 
-MESSAGES = 'messages: a row is the first exchange of a chat'
-REASONING = 'texts of reasoning'
-DUPLICATES = 'rows: they equal others'
 ENCODER = json.JSONEncoder(default=str, allow_nan=False)
 
 
@@ -541,17 +563,15 @@ def to_json(row):
     return text.encode() + b'\n'
 
 
-def split_rows(keys, split_seed, train_share, test_share):
+def split_rows(keys, split_seed, n_train, n_test):
     """
     Keys, one for each row -> {split: the numbers of its rows}, an array each. Rows of one key stay together:
     the groups of equal keys are shuffled, and each goes into the first split that has room for all of it,
-    else into train. split_seed=-1: the rows in their order, cut where the shares say.
+    else into train. split_seed=-1: the rows in their order.
     """
-    sizes = {'train': int(len(keys) * train_share), 'test': int(len(keys) * test_share)}
-    sizes['val'] = len(keys) - sizes['train'] - sizes['test']
     if split_seed == -1:
-        parts = np.split(np.arange(len(keys)), [sizes['train'], sizes['train'] + sizes['test']])
-        return dict(zip(sizes, parts))
+        parts = np.split(np.arange(len(keys)), [n_train, n_train + n_test])
+        return dict(zip(('train', 'test', 'val'), parts))
 
     # the groups in the order of their first rows, then shuffled
     _, first_row, group, group_size = np.unique(
@@ -560,39 +580,35 @@ def split_rows(keys, split_seed, train_share, test_share):
     random.Random(split_seed).shuffle(order)
 
     # each into the first split that has room for it
-    groups = {split: [] for split in sizes}
+    room = {'train': n_train, 'test': n_test, 'val': len(keys) - n_train - n_test}
+    groups = {split: [] for split in room}
     for number in order:
         n_rows = int(group_size[number])
-        split = next((split for split in sizes if n_rows <= sizes[split]), 'train')
-        sizes[split] -= n_rows  # what is left of it
+        split = next((split for split in room if n_rows <= room[split]), 'train')
+        room[split] -= n_rows
         groups[split].append(number)
 
     # the rows of each split, group by group
     rank = np.argsort(order)
     rows = np.argsort(rank[group], kind='stable')
-    return {split: rows[np.isin(group[rows], groups[split])] for split in sizes}
+    return {split: rows[np.isin(group[rows], groups[split])] for split in room}
 
 
-def assign_splits(encoded, n_given):
+def assign_splits(table, split_of, left_out):
     """
-    {split: the numbers of its rows}. Of rows that are equal the first stays. n_given: {split: how many
-    sources, the last ones, are of the user's own for it}; the rest of the rows is split by the shares.
+    {split: the numbers of its rows}. Of rows that are equal the first stays. split_of: for each file the
+    split that its rows are for, or '': they are split by the shares.
     """
-    source = encoded.stats['source']
-    unique = np.sort(np.unique(encoded.stats['row_key'], return_index=True)[1])
-    encoded.left_out[DUPLICATES] += len(source) - len(unique)
-    n_sources = source.max() + 1
-    given = {}
-    for split, number in n_given.items():
-        given[split] = unique[(source[unique] >= n_sources - number) & (source[unique] < n_sources)]
-        n_sources -= number
-    rest = unique[source[unique] < n_sources]
-    # a split that is given takes no share
-    its_test_share = 0 if 'test' in given else test_share
-    its_val_share = 0 if 'val' in given else 1 - train_share - test_share
-    cut = split_rows(encoded.stats['prompt_key'][rest], split_seed, 1 - its_test_share - its_val_share,
-                     its_test_share)
-    return {split: given[split] if split in given else rest[cut[split]] for split in SPLITS}
+    unique = np.sort(np.unique(table.row_key, return_index=True)[1])
+    left_out['rows: they equal others'] += len(table) - len(unique)
+    split_of_row = np.array(split_of)[table.source[unique]]
+    rest = unique[split_of_row == '']
+    # a split of the user's own takes no share
+    n_test = 0 if 'test' in split_of else int(len(rest) * test_share)
+    its_share = train_share + (test_share if 'test' in split_of else 0)
+    n_train = len(rest) - n_test if 'val' in split_of else int(len(rest) * its_share)
+    cut = split_rows(table.prompt_key[rest], split_seed, n_train, n_test)
+    return {split: np.append(unique[split_of_row == split], rest[cut[split]]) for split in SPLITS}
 
 
 # -----------------------------------------------------------------------------
@@ -604,36 +620,27 @@ class Split(NamedTuple):
     meta: dict  # the .json, its offsets as arrays, with `end` (exclusive)
 
 
-def starts_of(lengths):
-    """Lengths of things that lie back to back -> where each begins."""
-    return np.cumsum(lengths, dtype=int) - lengths
-
-
-def copy_spans(path, starts, lengths, target):
-    """Append spans of bytes of the file at path to an open file, in their order."""
-    with open(path, 'rb', buffering=0) as file:
+def copy_spans(path, starts, lengths, target_path):
+    """Write spans of bytes of the file at path, in their order, to another file."""
+    with open(path, 'rb', buffering=0) as file, open(target_path, 'wb') as target:
         for start, length in zip(starts.tolist(), lengths.tolist()):
             file.seek(start)
             target.write(file.read(length))
 
 
-def write_split(part, split, encoded, numbers, meta, many=MANY):
+def write_split(part, split, its, meta, many=MANY):
     """
-    Write part/<split>.bin (uint16 ids, rows back to back) and .json (meta, absolute offsets, rows) of the
-    rows with these numbers; for more rows than `many`, the offsets and rows in files beside it.
+    Write part/<split>.bin (uint16 ids, rows back to back) and .json (meta, absolute offsets, rows) of its
+    rows of the table; of more rows than `many` the offsets and rows lie in files beside it.
     """
-    stats = {name: values[numbers] for name, values in encoded.stats.items()}
-    start = starts_of(stats['length'])
-    offsets = np.stack([start, start + stats['header'], start + stats['answer'], stats['source']])
-    with open(part / f'{split}.bin', 'wb') as file:
-        copy_spans(part / 'ids', 2 * starts_of(encoded.stats['length'])[numbers], 2 * stats['length'], file)
+    copy_spans(part / 'ids', its.ids_at, 2 * its.length, part / f'{split}.bin')
     rows_path = part / f'{split}.rows.jsonl'
     if split != 'train':  # whose rows nobody reads
-        with open(rows_path, 'wb') as file:
-            copy_spans(part / 'rows', starts_of(encoded.stats['n_bytes'])[numbers], stats['n_bytes'], file)
-    meta = {'format': 1, 'split': split, **meta, 'examples': len(numbers)}
-    meta['tokens'] = int(stats['length'].sum())
-    if len(numbers) > many:
+        copy_spans(part / 'rows', its.text_at, its.text_size, rows_path)
+    start = its.length.cumsum() - its.length
+    offsets = np.stack([start, start + its.header, start + its.answer, its.source])
+    meta = {'format': 1, 'split': split, **meta, 'examples': len(its), 'tokens': int(its.length.sum())}
+    if len(its) > many:
         meta['format'] = 2
         np.save(part / f'{split}.offsets.npy', offsets)
     else:
@@ -734,33 +741,34 @@ def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024)
     positions = np.zeros((B, T), dtype=np.int64)
     segments = np.full((B, T), -1)
     for b, row in enumerate(rows):
-        x[b, :n_shared] = ids[start[row[0]]:][:n_shared]
-        positions[b, :n_shared] = np.arange(n_shared)
-        segments[b, :n_shared] = 0
-        t = n_shared
-        for segment, i in enumerate(row, 1):
-            example = ids[start[i] + n_shared:end[i]].astype(np.int64)
-            span = slice(t, t + lengths[i])
-            x[b, span] = example[:-1]
-            positions[b, span] = n_shared + np.arange(lengths[i])
-            segments[b, span] = segment if packing else 0
-            n_without = first[i] - start[i] - n_shared - 1  # positions before the one of the first target
-            y[b, span][n_without:] = example[1:][n_without:]
-            t = span.stop
+        # for each position its segment, the example it belongs to, and where its id lies in the file. The
+        # shared prefix, segment 0, is read from the first example
+        sizes = [n_shared, *lengths[row]]
+        segment = np.repeat(np.arange(len(sizes)), sizes)
+        example = np.array([row[0], *row])[segment]
+        spans = [start[row[0]] + np.arange(n_shared)]
+        spans += [np.arange(start[i] + n_shared, end[i] - 1) for i in row]
+        at = np.concatenate(spans)
+        t = len(at)
+        x[b, :t] = ids[at]
+        positions[b, :t] = at - start[example]
+        segments[b, :t] = segment if packing else 0
+        is_supervised = at + 1 >= first[example]
+        y[b, :t][is_supervised] = ids[at[is_supervised] + 1]
     return x, y, positions, segments
 
 
 # -----------------------------------------------------------------------------
 # the stage
 
-def check_splits(encoded, splits, kept):
+def check_splits(table, splits, kept):
     """UserError says why a split is left empty."""
-    for split in SPLITS:
-        n_rows = sum(map(len, splits.values()))
-        n_prompts = len(np.unique(encoded.stats['prompt_key']))
+    n_rows = sum(map(len, splits.values()))
+    n_prompts = len(np.unique(table.prompt_key))
+    for split, numbers in splits.items():
         cause = f'there are {n_rows} rows'
-        if len(splits[split]):
-            cause = f'the prompts of its {len(splits[split])} rows reach block_size={block_size}'
+        if len(numbers):
+            cause = f'the prompts of its {len(numbers)} rows reach block_size={block_size}'
         elif n_prompts < n_rows / 2:
             cause = f'the {n_rows} rows have {n_prompts} prompts, and rows with one prompt stay together'
         if not len(kept[split]):
@@ -768,108 +776,104 @@ def check_splits(encoded, splits, kept):
                             'test_share or block_size')
 
 
-def describe(encoded, splits, kept, source_names):
+def describe(table, splits, kept, left_out, source_names):
     """Print what each split holds, and what was left out."""
+    in_train = table[kept['train']]
     columns = []
     for split, numbers in kept.items():
-        its = {name: values[numbers] for name, values in encoded.stats.items()}
-        is_whole = its['is_cut'] == 0
+        its = table[numbers]
+        is_empty = (its.length == its.answer + 1) & (its.is_cut == 0)
         column = {
-            'rows': len(numbers), 'tokens': its['length'].sum(), 'mean length': its['length'].mean().round(1),
-            'longest': its['length'].max(), 'supervised tokens': (its['length'] - its['answer']).sum(),
-            'truncated': its['is_cut'].sum(), 'dropped': len(splits[split]) - len(numbers),
-            'empty answers': (is_whole & (its['length'] == its['answer'] + 1)).sum()}
+            'rows': len(its), 'tokens': its.length.sum(), 'mean length': its.length.mean().round(1),
+            'longest': its.length.max(), 'supervised tokens': (its.length - its.answer).sum(),
+            'truncated': its.is_cut.sum(), 'dropped': len(splits[split]) - len(its),
+            'empty answers': is_empty.sum()}
         for name in 'prompt', 'answer':
-            in_train = encoded.stats[f'{name}_key'][kept['train']]
-            is_also = np.isin(its[f'{name}_key'], in_train) & (split != 'train')
+            is_also = np.isin(its[f'{name}_key'], in_train[f'{name}_key']) & (split != 'train')
             column[f'{name}s also in train'] = is_also.sum()
         for number, name in enumerate(source_names if len(source_names) > 1 else ()):
-            column[f'rows of {name}'] = (its['source'] == number).sum()
+            column[f'rows of {name}'] = (its.source == number).sum()
         columns.append(column)
     width = max(map(len, columns[0])) + 2
     print(f'\n{"":{width}}' + ''.join(f'{split:>12}' for split in kept))
     for name in columns[0]:
         print(f'{name:{width}}' + ''.join(f'{column[name]:>12,}' for column in columns))
     print()
-    for reason, count in encoded.left_out.items():
+    for what, count in left_out.items():
         if count:
-            is_row = reason not in (MESSAGES, REASONING, DUPLICATES)
-            print(f'left out: {count:,} {"rows: " if is_row else ""}{reason}')
-    if encoded.stats['spells_end'].any():
-        print(f'{encoded.stats["spells_end"].sum():,} answers spell {END}: that stays text, and the end is '
-              'added to each')
+            print(f'left out: {count:,} {what}')
+    n_spelled = table.spells_end.sum()
+    if n_spelled:
+        print(f'{n_spelled:,} answers spell {END}: that stays text, and the end is added to each')
 
 
-def show_example(ids, answer):
-    """Print an example as the model will see it."""
-    before, after = ('\033[32m', '\033[0m') if sys.stdout.isatty() else ('[[', ']]')
-    print('an example, its supervised tokens marked:\n')
-    print(detokenize(ids[:answer]) + before + detokenize(ids[answer:]) + after)
-
-
-def prepare(source_names, sources, n_given, part):
-    """Read, tokenize, split and write the rows of the sources; tell what became of them."""
-    encoded = encode_sources(sources, part)
-    unknown = set(parse_fields(fields).values()) - encoded.seen
-    if unknown and encoded.seen:
+def prepare(part, sources, split_of, source_names):
+    """Read, tokenize, split and write the rows of {name: path} to part; tell what became of them."""
+    left_out = Counter()
+    seen = set()  # the names of the rows' fields
+    table, n_shared = encode_sources(sources, part, left_out, seen)
+    if not len(table):
+        raise UserError(f'no row is left of {source}: {", ".join(left_out).replace("rows: ", "")}')
+    unknown = set(parse_fields(fields).values()) - seen
+    if unknown:
         raise UserError(f'fields={fields!r}: no row has {", ".join(unknown)}; the rows have '
-                        f'{", ".join(sorted(encoded.seen))[:200]}')
-    if not encoded.seen:
-        raise UserError(f'no row is left of {source}: {", ".join(encoded.left_out)}')
-    splits = assign_splits(encoded, n_given)
-    kept = {split: numbers[encoded.stats['length'][numbers] > 0] for split, numbers in splits.items()}
-    check_splits(encoded, splits, kept)
+                        f'{", ".join(sorted(seen))[:200]}')
+    splits = assign_splits(table, split_of, left_out)
+    kept = {split: numbers[table.length[numbers] > 0] for split, numbers in splits.items()}
+    check_splits(table, splits, kept)
+
     # what all three .json say of themselves
     hashes = [sha256_of_file(path) for path in sources.values()]
     meta = {
         'tokenizer': 'gpt2', 'vocab_size': VOCAB_SIZE, 'eos': EOS, 'template': TEMPLATE,
         'source': source_names, 'sources': list(sources),
         'sha256': hashes[0] if len(hashes) == 1 else sha256_of(hashes), 'split_seed': split_seed,
-        'block_size': block_size, 'shared_prefix': encoded.n_shared, 'config': config}
+        'block_size': block_size, 'shared_prefix': n_shared, 'config': config}
     for split, numbers in kept.items():
-        write_split(part, split, encoded, numbers, meta)
-    describe(encoded, splits, kept, list(sources))
-    print(f'all prompts share their first {encoded.n_shared} tokens')
-    first = kept['train'][0]
-    ids = np.fromfile(part / 'train.bin', '<u2', encoded.stats['length'][first]).tolist()
-    show_example(ids, encoded.stats['answer'][first])
+        write_split(part, split, table[numbers], meta)
+    describe(table, splits, kept, left_out, list(sources))
+    print(f'all prompts share their first {n_shared} tokens')
+    first = table[kept['train'][0]]
+    ids = np.fromfile(part / 'train.bin', '<u2', first.length)
+    print('an example, its supervised tokens in double brackets:\n')
+    print(f'{detokenize(ids[:first.answer])}[[{detokenize(ids[first.answer:])}]]')
 
 
-def check_folder(folder, source_names, sources):
-    """UserError if the folder holds the rows of another source, or a file that is about to be read."""
-    read = {Path(path).resolve() for path in sources.values()}
-    for path in [folder / f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]:
-        if path.resolve() in read:
+def check_folder(folder, source_names):
+    """UserError if the folder holds a .json of the user's own, or the rows of another source."""
+    for path in [folder / f'{split}.json' for split in SPLITS]:
+        about = {'template': '', 'source': source_names}
+        with contextlib.suppress(UserError):  # what is not there, or not whole, may be replaced
+            about = read_json(path)
+        if 'template' not in about:
             raise UserError(f'{path} would be overwritten: set --dataset to another folder')
-    old = source_names
-    with contextlib.suppress(UserError):  # what cannot be read may be replaced
-        old = read_json(folder / 'train.json').get('source', old)
-    if old != source_names and not overwrite:
-        raise UserError(f'{folder} holds the rows of {old}: set --dataset to another folder, or replace them '
-                        'with --overwrite=True')
+        if about['source'] != source_names and not overwrite:
+            raise UserError(f'{folder} holds the rows of {about["source"]}: set --dataset to another folder, '
+                            'or replace them with --overwrite=True')
 
 
 def main():
-    folder = Path('data', dataset)
-    part = folder / '.part'
     if train_share + test_share > 1:
         raise UserError(f'train_share={train_share} and test_share={test_share} are more than all rows')
-    # the user's own files for val and test come last
-    sources = find_sources(source)
-    n_given = {}
-    for split, its_source in ('val', val_source), ('test', test_source):
-        found = find_sources(its_source) if its_source else {}
+    sources = {}
+    split_of = []  # for each of them the split that its rows are for; '': they are split by the shares
+    for split, names in ('', source), ('val', val_source), ('test', test_source):
+        found = find_sources(names)
         if found.keys() & sources.keys():
-            raise UserError(f'{split}_source names a file that another split has: {its_source}')
+            raise UserError(f'{split}_source names a file that another split has: {names}')
         sources |= found
-        n_given = ({split: len(found)} if found else {}) | n_given
+        split_of += [split] * len(found)
+    if '' not in split_of:
+        raise UserError('source is empty: name a file, like --source=rows.json')
     source_names = ' | '.join(filter(None, [source, val_source, test_source]))
-    check_folder(folder, source_names, sources)
+    folder = Path('data', dataset)
+    check_folder(folder, source_names)
     hold(folder)
+    part = folder / '.part'
     try:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        prepare(source_names, sources, n_given, part)
+        part.mkdir()
+        prepare(part, sources, split_of, source_names)
         # the .json come last: a kill in between leaves no split of now beside one of before
         for name in [f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]:
             (folder / name).unlink(missing_ok=True)

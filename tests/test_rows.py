@@ -105,6 +105,12 @@ CONVENTIONS = {
         {'role': 'system', 'content': [{'type': 'text', 'text': row['input']}]},
         {'role': 'user', 'content': [{'type': 'text', 'text': row['instruction'][:3]}, {'type': 'text', 'text': row['instruction'][3:]}]},
         {'role': 'assistant', 'content': [{'type': 'text', 'text': row['output']}]}]}, {'messages_left_out': 0}),
+    'texts in turns': (lambda row: {'system': row['input'], 'conversations': [row['instruction'], row['output'], 'And?']}, {'messages_left_out': 1}),
+    'names of OASST': (lambda row: {'system_prompt': row['input'], 'messages': [
+        {'role': 'prompter', 'text': row['instruction']}, {'role': 'assistant', 'text': row['output']}]}, {'messages_left_out': 0}),
+    'two names of a message, one null': (lambda row: {'system': row['input'], 'conversation': [
+        {'role': None, 'content': None, 'from': 'Human', 'value': row['instruction']},
+        {'role': 'assistant', 'content': row['output'], 'from': None, 'value': None}]}, {'messages_left_out': 0}),
     'messages in columns': (lambda row: {'messages': {
         'role': ['system', 'user', 'assistant'], 'content': [row['input'], row['instruction'], row['output']]}}, {'messages_left_out': 0}),
     'a system column': (lambda row: {'system': row['input'], 'instruction': row['instruction'], 'input': '', 'output': row['output']}, {}),
@@ -183,7 +189,9 @@ def test_a_chat_gives_its_first_exchange(value, instruction, input, output, left
     ([USER], 'the first question of its chat is not answered'),
     ([], 'its chat has no message of the user'),
     ([{'from': 'gpt', 'value': 'Hi.'}], 'its chat has no message of the user'),
-    (['Name it.', 'It.'], "its chat is not a list of messages: ['Name it.', 'It.']"),
+    (['Name it.', USER], "its chat is not a list of messages: ['Name it.', {'role'"),
+    ('Name it.', "its chat is not a list of messages: 'Name it.'"),
+    ({'role': 'user'}, 'its chat is not a list of messages: None'),
     ([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}, ASSISTANT], "a message of its chat is not a text: {'type': 'image_url'"),
     ([{'role': 'user', 'content': 7}, ASSISTANT], 'a message of its chat is not a text: 7'),
 ])
@@ -200,7 +208,6 @@ def test_the_system_text_of_a_chat_and_of_its_column_come_before_the_input():
     assert row['input'] == 'Be short.\n\na thing'
 
 
-@pytest.mark.xfail(strict=True, reason='the column system_prompt of OpenOrca is dropped in silence')
 def test_a_system_prompt_in_a_column_of_that_name_comes_before_the_input():
     row = to_row({'id': '1', 'system_prompt': 'Be short.', 'question': 'Name it.', 'response': 'It.'}, {})
     assert texts(row) == ['Name it.', 'Be short.', 'It.']
@@ -253,11 +260,22 @@ def test_a_table_of_text(read, delimiter, line_end):
     assert [texts(row) for row in rows] == [['Name it.', '', 'It, or; that'], ['Say\n"no"\nnow', 'x', 'No.']]
 
 
+def test_white_space_before_a_cell_is_not_of_it(read):
+    """Or its quotation marks would be, too."""
+    rows = read('instruction, input, output\n"Name it.", , "It, or; that"\n')
+    assert [texts(row) for row in rows] == [['Name it.', '', 'It, or; that']]
+
+
+def test_a_quotation_mark_that_is_not_closed_is_told(read):
+    """It would make one cell of the rest of the file."""
+    assert 'a quotation mark in it is not closed' in read.error('instruction,output\nA,"B\nC,D\n')
+    assert 'or not doubled within a cell' in read.error('instruction,output\nA,"say "B" now"\n')
+
+
 def test_a_cell_of_a_table_may_be_long(read):
     assert read(f'instruction,output\n{"a" * 200_000},b\n')[0]['instruction'] == 'a' * 200_000
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason='a row with more cells than the header ends in a traceback')
 def test_a_row_of_a_table_with_too_many_cells_is_faulty(read):
     """A comma that is not between quotation marks would cut its answer."""
     assert 'row 0' in read.error('instruction,output\nGreet me.,Hello, friend\n')
@@ -276,6 +294,19 @@ def test_forms_of_json(read, text):
     assert [texts(row) for row in read(text)] == [list(ROW.values())] * 2
 
 
+def test_several_inputs_and_outputs_to_one_instruction(read):
+    """Self-instruct's form."""
+    instances = [{'input': 'a thing', 'output': 'It.'}, {'input': '', 'output': 'That.'}]
+    rows = read([{'instruction': 'Name it.', 'instances': instances, 'is_classification': False}])
+    assert [texts(row) for row in rows] == [['Name it.', 'a thing', 'It.'], ['Name it.', '', 'That.']]
+    # a table beside a row's own output is no rows
+    assert len(read([ROW | {'links': [{'output': 1}, {'output': 2}]}])) == 1
+
+
+def test_a_list_of_messages_as_prompt_and_a_text_as_completion_are_told(read):
+    assert "row 0: prompt is not a text: [{'role'" in read.error([{'prompt': [USER], 'completion': 'It.'}])
+
+
 def test_json_lines_end_at_line_feeds_alone(read):
     """Not at the other characters at which Python ends a line; and a byte order mark is not text."""
     rows = [row | {'output': row['output'] + '\u2028\x85x'} for row in PLAIN]
@@ -292,7 +323,6 @@ def test_columns_of_a_parquet_that_python_cannot_hold_do_not_matter(read, tmp_pa
     assert [texts(row) for row in rows] == [list(row.values()) for row in PLAIN]
 
 
-@pytest.mark.xfail(strict=True, reason='nested nanoseconds refuse the file, dates beyond the year 9999 end in a traceback')
 @pytest.mark.parametrize('values, kind', [
     ([2**62], pyarrow.timestamp('us')), ([[1]], pyarrow.list_(pyarrow.timestamp('ns'))), ([{'t': 1}], pyarrow.struct([('t', pyarrow.timestamp('ns'))]))])
 def test_further_columns_that_python_cannot_hold_do_not_matter(read, tmp_path, values, kind):
@@ -310,6 +340,25 @@ def test_a_column_that_datasets_wrote_as_json_is_text(read, tmp_path):
     table = pyarrow.table({'instruction': ['Hot?', 'Quote.'], 'output': outputs})
     parquet.write_table(table, tmp_path / 'a.parquet')
     assert [row['output'] for row in read((tmp_path / 'a.parquet').read_bytes())] == ['cold', 'a "b"']
+
+
+@pytest.mark.parametrize('nested', [False, True])
+def test_texts_of_json_in_lists_and_objects_of_a_parquet_are_read(read, tmp_path, nested):
+    """Messages whose contents have mixed types are such texts, too."""
+    json_type = getattr(pyarrow, 'json_', None)
+    if not json_type:
+        pytest.skip('this pyarrow has no such type')
+    chats = [[USER, ASSISTANT], [{'role': 'user', 'content': [{'type': 'text', 'text': 'Why?'}]}, {'role': 'assistant', 'content': None}]]
+    if nested:
+        cells = pyarrow.array([message['content'] and json.dumps(message['content']) for chat in chats for message in chat])
+        contents = pyarrow.ExtensionArray.from_storage(json_type(pyarrow.string()), cells)
+        messages = pyarrow.StructArray.from_arrays([pyarrow.array(['user', 'assistant'] * 2), contents], ['role', 'content'])
+        column = pyarrow.ListArray.from_arrays(pyarrow.array([0, 2, 4], pyarrow.int32()), messages)
+    else:
+        column = pyarrow.ExtensionArray.from_storage(json_type(pyarrow.string()), pyarrow.array(list(map(json.dumps, chats))))
+    parquet.write_table(pyarrow.table({'messages': column}), tmp_path / 'a.parquet')
+    rows = read((tmp_path / 'a.parquet').read_bytes(), needs_output=False)
+    assert [texts(row) for row in rows] == [['Name it.', '', 'It.'], ['Why?', '', None]]
 
 
 @pytest.mark.parametrize('content, said', [
@@ -376,7 +425,7 @@ def test_a_bad_file_is_read_as_far_as_its_fault(form, fault):
     lines[1] = fault
     file = io.StringIO(f'[{", ".join(lines)}]' if form == 'list' else '\n'.join(lines))
     with pytest.raises(Fault, match='it is not JSON, or not whole'):
-        list(prepare.read_json_text(file, file.read(1 << 20)))
+        list(prepare.read_json_text(file))
     assert file.tell() <= 2 << 20
 
 
@@ -415,9 +464,9 @@ def test_faulty_rows_can_be_left_out_and_are_counted_by_reason(read):
     rows = read([ROW, *faulty, ROW], skip_faulty=True, left_out=left_out)
     assert rows == [ROW, ROW]
     assert left_out == {
-        'its chat has no message of the user': 1,
-        'the first question of its chat is not answered, but followed by a tool call': 2,
-        'output is not a text': 1}
+        'rows: its chat has no message of the user': 1,
+        'rows: the first question of its chat is not answered, but followed by a tool call': 2,
+        'rows: output is not a text': 1}
 
 
 # --- prompts that are compared
