@@ -11,10 +11,10 @@ frozen matrices are in 4 bits.
 """
 import json
 import math
-from dataclasses import asdict
+from dataclasses import replace
 
 from config import UserError, atomic_write, check_made_of
-from model import fingerprint
+from model import GPTConfig, fingerprint
 
 import torch
 import torch.nn as nn
@@ -30,18 +30,25 @@ class LoRA(nn.Module):
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
         self.base = base
-        self.A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.drop = nn.Dropout(dropout)
         self.scale = alpha / rank
+        # A begins as the weights of nn.Linear do, so that B has a gradient
+        A = torch.empty(rank, base.in_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(self.drop(x), self.A), self.B * self.scale)
+        """x (..., in) -> (..., out). The scale goes to B, which is smaller than what B computes."""
+        z = F.linear(self.drop(x), self.A)  # (..., rank)
+        B = self.B * self.scale
+        return self.base(x) + F.linear(z, B)
 
     def merged_weight(self):
         """The one matrix (out, in), on the CPU, that computes the same without the dropout."""
-        return gather(dequantize(self.base.weight)) + gather(self.B) @ gather(self.A) * self.scale
+        weight = gather(dequantize(self.base.weight))
+        # in one operation, as W + scale * (B @ A) would hold three matrices at once
+        return torch.addmm(weight, gather(self.B), gather(self.A), alpha=self.scale)
 
 
 def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='none'):
@@ -61,20 +68,24 @@ def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='no
             if matrix in chosen:
                 layer = LoRA(layer, rank, alpha, dropout)
             block.set_submodule(matrix, layer)
-    model.lora = {'rank': rank, 'alpha': alpha, 'targets': targets}
+    # what an adapter tells of itself
+    model.lora = {
+        'rank': rank,
+        'alpha': alpha,
+        'targets': targets,
+    }
 
 
 def to_nf4(linear):
     """The layer with its matrix in 4 bits (NF4), the quantization constants quantized too."""
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise UserError("quantize='nf4' needs a package: pip install bitsandbytes==0.50.2") from error
+    from bitsandbytes.nn import Linear4bit, Params4bit
     options = {'quant_type': 'nf4', 'compress_statistics': True}
     layer = Linear4bit(linear.in_features, linear.out_features, device='meta', **options)
+    # it is quantized when it moves to its device
     layer.weight = Params4bit(linear.weight.data, requires_grad=False, **options)
     layer.bias = linear.bias
-    layer.support_avx512bf16_for_cpu = False  # the form into which eval() packs the weights has no backward
+    # on a CPU, eval() would pack the weights into a form that has no backward
+    layer.support_avx512bf16_for_cpu = False
     return layer.to(linear.weight.device)
 
 
@@ -88,8 +99,9 @@ def dequantize(weight):
 
 def gather(tensor):
     """The tensor on the CPU, whole: the shards of all processes put together."""
-    whole = tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
-    return whole.detach().cpu()
+    if hasattr(tensor, 'full_tensor'):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
 
 
 def merged_state_dict(model):
@@ -104,8 +116,9 @@ def merged_state_dict(model):
             state[f'{name}.bias'] = gather(module.base.bias)
         elif hasattr(module, 'weight') and not name.endswith('.base'):
             state[f'{name}.weight'] = gather(dequantize(module.weight))
-            if getattr(module, 'bias', None) is not None:
-                state[f'{name}.bias'] = gather(module.bias)
+            bias = getattr(module, 'bias', None)
+            if bias is not None:
+                state[f'{name}.bias'] = gather(bias)
     return state
 
 
@@ -121,16 +134,36 @@ def merge_lora(model):
 
 def lora_parameters(model):
     """{name: parameter} of all A and B."""
-    return {name: p for name, p in model.named_parameters() if name.endswith(('.A', '.B'))}
+    named = model.named_parameters()
+    return {name: p for name, p in named if name.endswith(('.A', '.B'))}
 
 
 def save_adapter(model, path, about, write=True):
     """Write A and B as safetensors, `about` in its metadata. Every process gathers, one writes."""
     from safetensors.torch import save
-    state = {name: gather(p).contiguous() for name, p in lora_parameters(model).items()}
-    metadata = {key: json.dumps(value) for key, value in (about | {'lora': model.lora}).items()}
+    state = {}
+    for name, p in lora_parameters(model).items():
+        state[name] = gather(p).contiguous()
+    about = about | {'lora': model.lora}
+    metadata = {key: json.dumps(value) for key, value in about.items()}
     if write:
         atomic_write(path, lambda file: file.write(save(state, metadata)), 'wb')
+
+
+def read_adapter(path):
+    """A file of save_adapter -> (A and B by name, what it says of itself). UserError if it is not one."""
+    from safetensors import safe_open
+    try:
+        with safe_open(path, 'pt') as file:
+            metadata = file.metadata()
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        about = {key: json.loads(value) for key, value in metadata.items()}
+        # what load_adapter needs of it
+        about['init_from'], about['lora']['rank']
+        about['model'] = GPTConfig(**about['model'])
+    except Exception as error:  # safetensors does not document which ones it raises
+        raise UserError(f'{path} is not an adapter: {error}') from error
+    return state, about
 
 
 def load_adapter(model, path):
@@ -138,25 +171,20 @@ def load_adapter(model, path):
     Put the adapter of save_adapter onto the model that it was made for; what it says of itself. UserError if
     that was another one, or if its matrices do not fit.
     """
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, 'pt') as file:
-            metadata = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}
-        about = {key: json.loads(value) for key, value in metadata.items()}
-        about['lora'], about['model'], about['init_from']
-    except (OSError, SafetensorError, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f'{path} is not an adapter: {error}') from error
-    shape = asdict(model.config) | {'dropout': about['model']['dropout']}
+    state, about = read_adapter(path)
+    shape = replace(model.config, dropout=about['model'].dropout)
     if shape != about['model']:
         raise UserError(f'{path} fits {about["init_from"]} ({about["model"]}), not {shape}')
-    base = {'base weights': fingerprint(dict(model.named_parameters()))}
+    # a base of the same shape that was trained otherwise would give answers of neither model
+    weights = dict(model.named_parameters())
+    base = {'base weights': fingerprint(weights)}
     check_made_of(path, about.get('made_of', {}), base, f'it fits {about["init_from"]} as that was then')
     add_lora(model, **about['lora'])
-    mine = lora_parameters(model)
-    different = [name for name in mine.keys() | state.keys()
-                 if name not in mine or name not in state or mine[name].shape != state[name].shape]
+    # all names must fit: what is loaded in part answers like the base
+    ours = {name: p.shape for name, p in lora_parameters(model).items()}
+    theirs = {name: tensor.shape for name, tensor in state.items()}
+    different = sorted({name for name, shape in ours.items() ^ theirs.items()})
     if different:
-        raise UserError(f'{path} does not fit: {", ".join(sorted(different))[:160]}')
+        raise UserError(f'{path} does not fit: {", ".join(different)[:160]}')
     model.load_state_dict(state, strict=False)
     return about
