@@ -27,6 +27,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 EOS = 50256
+LOGITS_PIECE = 256  # tokens of the vocabulary, see InferenceEmbedding
 CACHE_GROWTH = 64  # positions by which the cache grows, so that it is not copied at every step
 
 # -----------------------------------------------------------------------------
@@ -39,11 +40,16 @@ def choose_device(device, dtype):
     if the GPU has it, else float16; float32 elsewhere. Raises UserError.
     """
     name = device
-    if device == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
+    if device == 'auto' and torch.cuda.is_available():
+        name = 'cuda'
+    elif device == 'auto':
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+    number = None
+    if name == 'cuda':
         # each process of torchrun has a GPU of its own
-        device = torch.device(name, int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None)
+        number = int(os.environ.get('LOCAL_RANK', 0))
+    try:
+        device = torch.device(name, number)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'device={name!r} is not available here: {str(error).splitlines()[0]}') from error
@@ -94,29 +100,43 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 HAS_FBGEMM = 'fbgemm' in torch.backends.quantized.supported_engines
 
 
+def onednn_computes(dtype):
+    """Whether oneDNN computes products in dtype on this CPU: bfloat16 takes instructions that AVX2 lacks."""
+    if dtype == torch.bfloat16:
+        return HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return HAS_ONEDNN and dtype == torch.float32
+
+
+def onednn_linear(x, weight, bias=None):
+    """F.linear by oneDNN; the matrix may be in the order in which oneDNN reads it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+
 class InferenceLinear(nn.Module):
     """
-    A linear layer for inference, its matrix stored in dtype. On a CPU oneDNN or, in float16, FBGEMM computes
-    the product, in less time than F.linear (docs/speed.md). reorder: a copy in the order in which oneDNN
-    reads it.
+    A linear layer for inference, its matrix stored in dtype. On a CPU oneDNN or FBGEMM computes the product,
+    in less time than F.linear (docs/speed.md).
     """
 
-    def __init__(self, weight, bias, dtype, reorder=True):
+    def __init__(self, weight, bias, dtype):
         super().__init__()
-        weight = weight.detach().to(dtype)
-        bias = None if bias is None else bias.detach().to(dtype)
+        weight = weight.detach()
+        bias = bias.detach()
         is_cpu = weight.device.type == 'cpu'
-        self.dtype = dtype
-        if is_cpu and HAS_ONEDNN and dtype in (torch.float32, torch.bfloat16):
-            if reorder:
-                weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-            self.product = lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-        elif is_cpu and HAS_FBGEMM and dtype == torch.float16:
-            bias = None if bias is None else bias.float()
-            packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-            self.dtype = torch.float32  # of states and sums
+        self.dtype = dtype  # of what goes in and of what comes out
+        if is_cpu and onednn_computes(dtype):
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), 1)
+            bias = bias.to(dtype)
+            self.product = lambda x: onednn_linear(x, weight, bias)
+        elif is_cpu and HAS_FBGEMM and dtype.itemsize == 2:
+            # only the matrix is in half precision: in float16, also where bfloat16 was asked for, as it takes
+            # the same time and rounds less
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias.float())
+            self.dtype = torch.float32
             self.product = lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
         else:
+            weight = weight.to(dtype)
+            bias = bias.to(dtype)
             self.product = lambda x: F.linear(x, weight, bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
@@ -124,19 +144,35 @@ class InferenceLinear(nn.Module):
 
 
 class InferenceEmbedding(nn.Module):
-    """The token vectors and the output layer for inference, in the precision of the latter."""
+    """
+    The token vectors and the output layer for inference. No kernel has a copy of the matrix in an order of
+    its own: in Small's shape that would take a third more memory.
+    """
 
     def __init__(self, embedding, dtype):
         super().__init__()
+        is_cpu = embedding.weight.device.type == 'cpu'
+        self.has_onednn = is_cpu and onednn_computes(dtype)
+        self.is_converted = is_cpu and not self.has_onednn and dtype.itemsize == 2
+        if self.is_converted:
+            dtype = torch.float16  # see InferenceLinear
         self.weight = embedding.weight.detach().to(dtype)
-        # in fp32 without a copy, which would take a third more memory
-        self.output = InferenceLinear(self.weight, None, dtype, reorder=dtype != torch.float32)
 
     def forward(self, ids):  # (B, T) -> (B, T, C)
         return F.embedding(ids, self.weight)
 
     def logits(self, x):  # (..., C) -> (..., vocab)
-        return self.output(x)
+        n_positions = x.numel() // x.size(-1)
+        if self.is_converted and n_positions > 4:
+            # F.linear would convert the matrix anew for each position. It is converted once for all of them,
+            # in pieces that the CPU's cache holds
+            x = x.float()
+            pieces = []
+            for piece in self.weight.split(LOGITS_PIECE):
+                pieces.append(F.linear(x, piece.float()))
+            return torch.cat(pieces, dim=-1)
+        linear = onednn_linear if self.has_onednn else F.linear
+        return linear(x.to(self.weight.dtype), self.weight)
 
 
 def for_inference(model, device, dtype):
@@ -151,6 +187,8 @@ def for_inference(model, device, dtype):
             layer = block.get_submodule(name)
             block.set_submodule(name, InferenceLinear(layer.weight, layer.bias, dtype))
     model.wte = InferenceEmbedding(model.wte, dtype)
+    if device.type == 'cpu':
+        return_freed_memory()  # of the fp32 matrices
     return model
 
 
@@ -164,13 +202,17 @@ class Sequence:
     'length'. config: of the model. ModelError: the prompt is empty, leaves no room, or holds unknown ids.
     """
 
-    def __init__(self, config, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS,
-                 name='the prompt'):
+    def __init__(
+            self, config, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS,
+            name='the prompt'):
         if not 0 < len(prompt) < config.block_size:
             raise ModelError(f'{name} has {len(prompt)} tokens; it may have 1 to {config.block_size - 1}')
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ModelError(f'{name} has ids from {min(prompt)} to {max(prompt)}; '
-                             f'the model has 0 to {config.vocab_size - 1}')
+        lowest = min(prompt)
+        highest = max(prompt)
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ModelError(
+                f'{name} has ids from {lowest} to {highest}; the model has 0 to {config.vocab_size - 1}')
+        # the prompt is the caller's list, which does not grow
         self.ids = list(prompt)
         self.n_prompt = len(prompt)
         self.n_cached = 0
@@ -184,9 +226,18 @@ class Sequence:
     @property
     def new_ids(self):
         """The ids that were generated, without the end-of-text."""
-        return self.ids[self.n_prompt:-1 if self.finish_reason == 'stop' else None]
+        end = len(self.ids)
+        if self.finish_reason == 'stop':
+            end -= 1
+        return self.ids[self.n_prompt:end]
+
+    @property
+    def n_left(self):
+        """How many of its ids have yet to be computed: 1 if it decodes, more in its prompt."""
+        return len(self.ids) - self.n_cached
 
     def append(self, new_id):
+        """Add an id that the model chose, and end the sequence if it was the last."""
         self.ids.append(new_id)
         if new_id == self.eos:
             self.finish_reason = 'stop'
@@ -199,8 +250,10 @@ class KVCache:
 
     def __init__(self, config, device, dtype):
         head_size = config.n_embd // config.n_head
-        self.layers = [torch.zeros(2, 0, config.n_head, 0, head_size, device=device, dtype=dtype)
-                       for _ in range(config.n_layer)]
+        self.layers = []
+        for _ in range(config.n_layer):
+            empty = torch.zeros(2, 0, config.n_head, 0, head_size, device=device, dtype=dtype)
+            self.layers.append(empty)
 
     def resize(self, n_slots, longest, limit):
         """Make room for n_slots sequences of up to `longest` positions, which will not pass `limit`."""
@@ -208,11 +261,14 @@ class KVCache:
         if n_slots <= old_slots and longest <= old_length <= limit + CACHE_GROWTH:
             return
         length = max(longest, min(longest + CACHE_GROWTH, limit))
+        # what is in the cache stays, but for what a smaller one has no room for: it belongs to none
+        slots = min(n_slots, old_slots)
+        positions = min(length, old_length)
         for i, old in enumerate(self.layers):
             # one layer at a time, so that no second cache is needed
-            new = old.new_zeros(2, n_slots, old.size(2), length, old.size(4))
-            slots = min(n_slots, old_slots)
-            positions = min(length, old_length)
+            n_head = old.size(2)
+            head_size = old.size(4)
+            new = old.new_zeros(2, n_slots, n_head, length, head_size)
             new[:, :slots, :, :positions] = old[:, :slots, :, :positions]
             self.layers[i] = new
 
@@ -247,30 +303,33 @@ class Scheduler:
 
     def has_room(self, sequence):
         """Whether a sequence may join. The first one always may, or it would wait for ever."""
+        if not self.running:
+            return True
         n = len(self.running) + 1
-        longest = max([sequence.limit] + [other.limit for other in self.running])
-        return n == 1 or n <= self.max_running and n * longest <= self.max_positions
+        longest = max(other.limit for other in [sequence, *self.running])
+        return n <= self.max_running and n * longest <= self.max_positions
 
     def schedule(self):
         """Let sequences join: [(sequence, number of its ids to compute)] of all that run; which joined."""
+        n_prefix = len(self.prefix)
+        room = self.step_size - sum(sequence.n_left for sequence in self.running)
         joined = []
-        while self.waiting and self.has_room(self.waiting[0]) and self.room_in_step() > 0:
+        while room > 0 and self.waiting and self.has_room(self.waiting[0]):
             sequence = self.waiting.popleft()
-            if sequence.ids[:len(self.prefix)] == self.prefix and len(sequence.ids) > len(self.prefix):
-                sequence.n_cached = len(self.prefix)
+            # at least one id behind the prefix is computed, as the next one depends on it
+            if len(sequence.ids) > n_prefix and sequence.ids[:n_prefix] == self.prefix:
+                sequence.n_cached = n_prefix
+            room -= sequence.n_left
             self.running.append(sequence)
             joined.append(sequence)
+        # each gets what it has left until the step is full; those that decode are first, and so always get it
         room = self.step_size
         batch = []
         for sequence in self.running:
-            n_ids = min(len(sequence.ids) - sequence.n_cached, room)
+            n_ids = min(sequence.n_left, room)
             room -= n_ids
             batch.append((sequence, n_ids))
         return batch, joined
-
-    def room_in_step(self):
-        """How many more ids the next step can compute."""
-        return self.step_size - sum(len(sequence.ids) - sequence.n_cached for sequence in self.running)
 
 
 class Engine:
@@ -283,11 +342,14 @@ class Engine:
     def __init__(self, model, prefix=(), cache_bytes=4e9, max_running=256, step_size=1024):
         self.model = model
         self.device = model.wpe.weight.device
-        dtype = getattr(model.h[0].attn.c_attn, 'dtype', model.wpe.weight.dtype)
+        # the cache is in the precision in which the layers return keys and values
+        layer = model.h[0].attn.c_attn
+        dtype = getattr(layer, 'dtype', model.wpe.weight.dtype)
         if torch.is_autocast_enabled(self.device.type):
-            dtype = torch.get_autocast_dtype(self.device.type)  # in which the layers return keys and values
+            dtype = torch.get_autocast_dtype(self.device.type)
         bytes_per_position = 2 * model.config.n_layer * model.config.n_embd * dtype.itemsize
-        self.scheduler = Scheduler(max_running, cache_bytes / bytes_per_position, step_size, list(prefix))
+        max_positions = cache_bytes / bytes_per_position
+        self.scheduler = Scheduler(max_running, max_positions, step_size, list(prefix))
         self.cache = KVCache(model.config, self.device, dtype)
         self.prefix_cache = self.compute_prefix() if prefix else []
 
@@ -300,14 +362,16 @@ class Engine:
             layers.append(torch.cat([k, v]))
             return causal_attention(q, k, v)
 
-        ids = torch.tensor([self.scheduler.prefix], device=self.device)
-        self.model.hidden_states(ids, attention=attention)
+        ids = self.tensor(self.scheduler.prefix)
+        self.model.hidden_states(ids[None], attention=attention)
         return layers
 
     def add(self, sequence):
+        """Let a sequence wait for room; it joins in one of the next steps."""
         self.scheduler.waiting.append(sequence)
 
     def has_work(self):
+        """Whether another step would compute anything."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def remove(self, sequence):
@@ -318,9 +382,10 @@ class Engine:
         running = self.scheduler.running
         slot = running.index(sequence)
         last = len(running) - 1
-        is_in_its_prompt = running[last].n_cached < len(running[last].ids) - 1
+        sources = [last]
         # the last one stays last while it is in its prompt: the one before it fills the slot
-        sources = [last - 1, last] if is_in_its_prompt and slot < last - 1 else [last]
+        if running[last].n_left > 1 and slot < last - 1:
+            sources = [last - 1, last]
         for source in sources:
             if source != slot:
                 self.cache.copy(source, slot)
@@ -339,12 +404,14 @@ class Engine:
             return [], None
         sequences = self.scheduler.running
         longest = max(sequence.n_cached + n_ids for sequence, n_ids in batch)
-        self.cache.resize(len(batch), longest, max(sequence.limit for sequence in sequences))
+        limit = max(sequence.limit for sequence in sequences)
+        self.cache.resize(len(batch), longest, limit)
         for sequence in joined:
             if sequence.n_cached:
                 self.cache.write(sequences.index(sequence), self.prefix_cache)
         logits = self.compute(batch)
-        complete = [sequence for sequence in sequences if sequence.n_cached == len(sequence.ids)]
+        # one in the middle of its prompt gets no new id
+        complete = [sequence for sequence in sequences if not sequence.n_left]
         for sequence, new_id in zip(complete, choose_ids(logits, complete)):
             sequence.append(new_id)
         for sequence in complete:
@@ -362,19 +429,39 @@ class Engine:
         slots = []
         ends = []
         for slot, (sequence, n_ids) in enumerate(batch):
-            places = range(sequence.n_cached, sequence.n_cached + n_ids)
-            ids += sequence.ids[places.start:places.stop]
-            positions += places
+            start = sequence.n_cached
+            end = start + n_ids
+            ids += sequence.ids[start:end]
+            positions += range(start, end)
             slots += [slot] * n_ids
-            sequence.n_cached = places.stop
-            if places.stop == len(sequence.ids):
+            sequence.n_cached = end
+            if not sequence.n_left:
                 ends.append(len(ids) - 1)
-        ids = torch.tensor(ids, device=self.device)
-        positions = torch.tensor(positions, device=self.device)
-        slots = torch.tensor(slots, device=self.device)
+        ids = self.tensor(ids)
+        positions = self.tensor(positions)
+        slots = self.tensor(slots)
         attention = self.cached_attention(batch, slots, positions)
-        x = self.model.hidden_states(ids[None], positions[None], attention)[0]  # (N, C)
-        return self.model.logits(x[torch.tensor(ends, dtype=torch.long, device=self.device)])
+        x = self.model.hidden_states(ids[None], positions[None], attention)  # (1, N, C)
+        return self.model.logits(x[0, self.tensor(ends)])
+
+    def tensor(self, numbers):
+        """A list of integers on the model's device; an empty one, too, must be of integers to index with."""
+        return torch.tensor(numbers, dtype=torch.long, device=self.device)
+
+    def prompt_pieces(self, batch, n_decoding):
+        """
+        What a batch holds of prompts, behind the sequences that decode: for each piece its slot, the first of
+        its positions among the N of the step, the one behind its last, and the mask (n_ids, n_seen) of what
+        they see. They see all that is in the cache, and of the piece itself what is before them.
+        """
+        pieces = []
+        start = n_decoding
+        for slot, (sequence, n_ids) in enumerate(batch[n_decoding:], n_decoding):
+            n_seen = sequence.n_cached
+            mask = torch.ones(n_ids, n_seen, dtype=torch.bool, device=self.device)
+            pieces.append((slot, start, start + n_ids, mask.tril(n_seen - n_ids)))
+            start += n_ids
+        return pieces
 
     def cached_attention(self, batch, slots, positions):
         """
@@ -382,15 +469,16 @@ class Engine:
         a step's N positions to the cache, and lets each position see the earlier ones of its sequence.
         """
         layers = iter(self.cache.layers)
-        sizes = [n_ids for _, n_ids in batch]
         # those that decode are the first slots; in one call, they see as far as each one's position
-        n_decode = next((i for i, n_ids in enumerate(sizes) if n_ids != 1), len(sizes))
-        longest = max([sequence.n_cached for sequence, _ in batch[:n_decode]], default=0)
-        is_seen = torch.arange(longest, device=self.device) <= positions[:n_decode, None, None, None]
-        # the others are pieces of prompts: (slot, first of the N positions, how many, how many they see)
-        pieces = []
-        for slot in range(n_decode, len(batch)):
-            pieces.append((slot, sum(sizes[:slot]), sizes[slot], batch[slot][0].n_cached))
+        decoding = []
+        for sequence, n_ids in batch:
+            if n_ids != 1:
+                break
+            decoding.append(sequence)
+        n = len(decoding)
+        longest = max([sequence.n_cached for sequence in decoding], default=0)
+        is_seen = torch.arange(longest, device=self.device) <= positions[:n, None, None, None]
+        pieces = self.prompt_pieces(batch, n)
 
         def attention(q, k, v, dropout):  # (1, H, N, C/H)
             layer = next(layers)
@@ -398,15 +486,15 @@ class Engine:
             layer[1, slots, :, positions] = v[0].transpose(0, 1).to(layer.dtype)
             q = q.to(layer.dtype)  # a 4-bit layer returns fp32 under autocast
             found = []
-            if n_decode:
-                queries = q[0, :, :n_decode].transpose(0, 1)[:, :, None]  # (n_decode, H, 1, C/H)
-                keys, values = layer[:, :n_decode, :, :longest]
+            if decoding:
+                queries = q[:, :, :n].transpose(0, 2)  # (n, H, 1, C/H)
+                keys, values = layer[:, :n, :, :longest]
                 y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=is_seen)
-                found.append(y[:, :, 0].transpose(0, 1)[None])  # (1, H, n_decode, C/H)
-            for slot, start, n_ids, n_seen in pieces:
-                keys, values = layer[:, slot:slot + 1, :, :n_seen]
-                mask = torch.ones(n_ids, n_seen, dtype=torch.bool, device=q.device).tril(n_seen - n_ids)
-                queries = q[:, :, start:start + n_ids]
+                found.append(y.transpose(0, 2))
+            for slot, start, end, mask in pieces:
+                n_seen = mask.size(1)
+                keys, values = layer[:, slot, None, :, :n_seen]
+                queries = q[:, :, start:end]
                 found.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask))
             return torch.cat(found, dim=2)
 
@@ -421,12 +509,14 @@ def choose_ids(logits, sequences):
     new_ids = greedy.tolist()
     for i, sequence in enumerate(sequences):
         if sequence.temperature > 0:
-            new_ids[i] = sample_token(logits[i], sequence.temperature, sequence.top_k, sequence.rng)
+            new_ids[i] = sample_token(
+                logits[i], sequence.temperature, sequence.top_k, sequence.rng)
     return new_ids
 
 
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS, on_done=None,
-             cache_bytes=4e9):
+def generate(
+        model, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS, on_done=None,
+        cache_bytes=4e9):
     """
     prompts, lists of ids of any lengths -> the lists of new ids in the same order, without the end-of-text
     (eos=-1: nothing ends an answer early). An answer that meets its limit has exactly
@@ -435,12 +525,13 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, e
     temperature 0: the likeliest id. seed: a number, or one for each prompt; an answer's random numbers depend
     on it and on the prompt alone. ModelError: a prompt is empty or leaves no room.
     """
+    # label.py asks a prompt several times, each time with another seed
     seeds = seed if isinstance(seed, list) else [seed] * len(prompts)
     # what cannot be answered is refused before anything is computed
     sequences = []
     for i, prompt in enumerate(prompts):
-        sequences.append(Sequence(model.config, prompt, max_new_tokens, temperature, top_k, seeds[i], eos,
-                                  name=f'prompt {i}'))
+        sequences.append(Sequence(
+            model.config, prompt, max_new_tokens, temperature, top_k, seeds[i], eos, f'prompt {i}'))
     if not sequences or max_new_tokens < 1:
         return [[] for _ in sequences]
     number_of = {sequence: i for i, sequence in enumerate(sequences)}
@@ -452,10 +543,12 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_k=0, seed=0, e
         if len(prompts) > 1:
             prefix = os.path.commonprefix([prompt[:-1] for prompt in prompts])
         engine = Engine(model, prefix, cache_bytes)
+        # the longest prompts first: at the end, what runs together is of a length
         for sequence in sorted(sequences, key=lambda sequence: -len(sequence.ids)):
             engine.add(sequence)
         while engine.has_work():
-            for sequence in engine.step()[0]:
+            complete, _ = engine.step()
+            for sequence in complete:
                 if sequence.finish_reason and on_done:
                     on_done(number_of[sequence], sequence.new_ids)
     finally:
