@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import re
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -329,7 +330,7 @@ def reading(path, fault=''):
     except OSError as error:
         raise ModelError(f'cannot read {path}: {error.strerror or error}') from error
     except Exception as error:  # torch and safetensors do not document which ones they raise
-        reason = ' '.join(str(error).split())
+        reason = ' '.join(str(error).split()) or type(error).__name__
         reason = reason.partition('. ')[0][:300]
         raise CorruptFile(path, f'{fault} ({reason})' if fault else reason) from error
 
@@ -341,7 +342,7 @@ def find_checkpoint(where):
         return path
     # a run's best model is its *-sft.pth, even if its ckpt.pt is newer
     for pattern in '*-sft.pth', 'ckpt.pt', '*.index', '*.safetensors.index.json', '*.safetensors':
-        found = list(path.glob(pattern))
+        found = [file for file in path.glob(pattern) if file.is_file()]
         if found:
             return max(found, key=os.path.getmtime)
     raise ModelError(f'{where} is not a checkpoint, nor a folder with *-sft.pth, ckpt.pt, model.ckpt.index '
@@ -388,7 +389,7 @@ def make_config(fields, path):
     names = 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'
     with reading(path, 'it does not tell the shape of a GPT-2'):
         fields = {ours.get(key, key): value for key, value in fields.items()}
-        config = GPTConfig(*[fields[name] for name in names])
+        config = GPTConfig(*[int(fields[name]) for name in names])
     # what Hugging Face's GPT-2 may vary and this one does not
     fixed = {
         'activation_function': 'gelu_new',
@@ -482,11 +483,12 @@ def convert_tensors(tensors):
 
 def read_torch(path):
     """
-    A run's ckpt.pt, nanoGPT's, or a state dict alone -> (its shape or {}, {name: tensor}). Nothing of it is
-    run (weights_only), and the tensors stay in the file until they are read (mmap).
+    A run's ckpt.pt, nanoGPT's, or a state dict alone -> (its shape or {}, {name: tensor}). Code in it is not
+    run (weights_only), and the tensors stay in the file (mmap), unless it is older than torch 1.6.
     """
-    with reading(path, 'it is not a whole file of tensors'):
-        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    with reading(path, 'it is damaged, or holds Python objects instead of a state dict'):
+        is_mappable = zipfile.is_zipfile(path)
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=is_mappable)
         fields = saved.get('model_config') or saved.get('model_args') or {}
         # the state dict may lie beside an optimizer's, under one of these names
         for key in 'model', 'model_state_dict', 'state_dict':
@@ -497,13 +499,13 @@ def read_torch(path):
 def read_safetensors(path):
     """One file, or the index of several -> {name: tensor}."""
     from safetensors.torch import load_file
-    files = {path.name}
+    files = {path}
     if path.suffix == '.json':
         with reading(path, 'its weight_map does not tell the file of each tensor'):
-            files = set(read_json(path)['weight_map'].values())
+            names = read_json(path)['weight_map'].values()
+            files = {path.with_name(name) for name in names}
     tensors = {}
     for file in files:
-        file = path.with_name(file)
         with reading(file):
             tensors |= load_file(file)
     return tensors

@@ -6,6 +6,7 @@ Loading a model: time against reading and hashing its file, and peak memory agai
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,42 @@ def write_checkpoint(folder, size):
     (folder / 'hparams.json').write_text(json.dumps(shape))
     write_bundle(folder / 'model.ckpt', openai_tensors(shape, np.random.default_rng(0)))
     return folder / 'model.ckpt.data-00000-of-00001'
+
+
+def write_form(folder, form):
+    """A model of the shape of folder's checkpoint, which is OpenAI's, in another form -> its folder."""
+    from model import GPT, transpose_conv1d
+
+    import torch
+    from safetensors.torch import save_file
+    from test_load import chapter_7_state
+    model = GPT.from_pretrained(folder)
+    other = folder / form
+    other.mkdir()
+    state = model.state_dict()
+    fields = json.dumps({'model': vars(model.config)})
+    if form == 'safetensors':
+        state = {name: transpose_conv1d(name, tensor).contiguous() for name, tensor in state.items()}
+        save_file(state, other / 'model.safetensors')
+        (other / 'config.json').write_text(fields)
+    elif form == 'nanoGPT':
+        # without biases, as it trains by default
+        state = {f'_orig_mod.transformer.{name}': tensor for name, tensor in state.items() if not name.endswith('bias')}
+        torch.save({'model': state, 'model_args': vars(model.config)}, other / 'ckpt.pt')
+    elif form == 'chapter 7':
+        config = model.config
+        torch.save(chapter_7_state(config.n_layer, config.n_embd, config.vocab_size, config.block_size), other / 'x-sft.pth')
+    else:
+        torch.save(state, other / 'x-sft.pth')
+        (other / 'x-sft.json').write_text(fields)
+    return other
+
+
+def peak_of(folder):
+    """Bytes that loading folder takes at its peak beyond the imports, in a process of its own."""
+    process = subprocess.run([sys.executable, __file__, 'peak', folder], capture_output=True, text=True, check=True)
+    before, after = map(int, process.stdout.split()[-2:])
+    return after - before
 
 
 def bench_load(size):
@@ -57,10 +94,12 @@ def bench_load(size):
                    'read and hashed in pieces of 1 MiB, s': best(in_pieces)}
         with contextlib.redirect_stdout(None):
             figures['from_pretrained, s'] = best(lambda: GPT.from_pretrained(folder))
-        # memory in a process of its own, whose peak before loading is that of the imports
-        process = subprocess.run([sys.executable, __file__, 'peak', folder], capture_output=True, text=True, check=True)
-        before, after = map(int, process.stdout.split()[-2:])
-    figures['peak over the imports / the model'] = (after - before) / n_bytes
+        figures["OpenAI's: peak over the imports / the model"] = peak_of(folder) / n_bytes
+        for form in 'safetensors', 'nanoGPT', 'chapter 7', 'ours':
+            with contextlib.redirect_stdout(None):
+                other = write_form(folder, form)
+            figures[f'{form}: peak / the model'] = peak_of(other) / n_bytes
+            shutil.rmtree(other)
     figures['time / read and hashed whole'] = figures['from_pretrained, s'] / figures['read and hashed whole, s']
     return figures
 

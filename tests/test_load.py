@@ -329,8 +329,9 @@ def test_sharded_safetensors(tmp_path, reference):
     assert same(GPT.from_pretrained(tmp_path), reference)
     (tmp_path / name).unlink()
     assert 'cannot read ' + str(tmp_path / name) in fault_of(tmp_path)
-    (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": []}')
-    assert 'model.safetensors.index.json' in fault_of(tmp_path)
+    for index in '{"weight_map": []}', '{"weight_map": {"wte.weight": 3}}', '{"weight_map": {}}', '{}':
+        (tmp_path / 'model.safetensors.index.json').write_text(index)
+        assert 'model.safetensors.index.json' in fault_of(tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -492,6 +493,45 @@ def test_faulty_own_checkpoints(tmp_path, reference, monkeypatch):
     assert 'cannot read x.json' in fault_of('x.pth')
     Path('x.pth').write_bytes(b'cut')
     assert 'cannot read x.pth' in fault_of('x.pth')
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda state: {'model': state, 'iter': 7},
+    lambda state: {'state_dict': {f'model.transformer.{name}': tensor for name, tensor in state.items()}, 'epoch': 3},
+    lambda state: {f'module.{name}': tensor for name, tensor in state.items()},
+    lambda state: {f'module._orig_mod.{name}': tensor for name, tensor in state.items()},
+    lambda state: state | {'h.0.attn.bias': torch.ones(1, 1, 32, 32).tril().bool(), 'steps': 7},
+    lambda state: {f'transformer.{name}': model_file.transpose_conv1d(name, tensor) for name, tensor in state.items()},
+    lambda state: {name: tensor.double() for name, tensor in state.items()},
+], ids=['model', 'Lightning', 'DistributedDataParallel', 'torch.compile', 'masks', 'Hugging Face', 'fp64'])
+def test_state_dicts_as_others_save_them(tmp_path, of_openais_width, wrap):
+    torch.save(wrap(of_openais_width.state_dict()), tmp_path / 'x.pth')
+    assert same(GPT.from_pretrained(tmp_path / 'x.pth'), of_openais_width)
+
+
+def test_a_file_of_before_torch_1_6(tmp_path, of_openais_width):
+    torch.save(of_openais_width.state_dict(), tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
+    assert same(GPT.from_pretrained(tmp_path / 'x.pth'), of_openais_width)
+
+
+@pytest.mark.parametrize('data', [b'', b'<html>', b'PK', None])
+def test_damaged_files_end_in_one_line(tmp_path, of_openais_width, data):
+    torch.save(of_openais_width.state_dict(), tmp_path / 'x.pth')
+    whole = (tmp_path / 'x.pth').read_bytes()
+    (tmp_path / 'x.pth').write_bytes(whole[:-30] if data is None else data)
+    assert 'x.pth: it is damaged, or holds Python objects' in fault_of(tmp_path / 'x.pth')
+
+
+def test_a_module_is_not_unpickled(tmp_path, of_openais_width):
+    torch.save(of_openais_width, tmp_path / 'x.pth')
+    assert 'holds Python objects instead of a state dict' in fault_of(tmp_path / 'x.pth')
+
+
+def test_a_link_to_nothing_is_not_a_checkpoint(tmp_path, of_openais_width):
+    (tmp_path / 'gone-sft.pth').symlink_to(tmp_path / 'nothing')
+    (tmp_path / 'ckpt.pt').mkdir()
+    write_safetensors(tmp_path, of_openais_width)
+    assert same(GPT.from_pretrained(tmp_path), of_openais_width)
 
 
 def test_what_is_not_a_model_is_told_what_is(tmp_path):
