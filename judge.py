@@ -67,7 +67,10 @@ judge_backoff = 1.0  # seconds; a failed request is sent again at once, then aft
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
-# predictions: rows of a data set with an answer, or questions of several turns with answers
+# predictions: rows of a data set with an answer, or questions of several turns with answers. For example:
+#
+#     {"instruction": "Name a tree.", "input": "", "output": "Birch.", "model_response": "A birch."}
+#     {"turns": ["Name a tree.", "Another."], "answers": ["A birch.", "An oak."], "reference": [...]}
 
 class Entry(NamedTuple):
     """A row of predictions. A row of a data set has a single turn."""
@@ -89,7 +92,8 @@ def to_entry(row):
     else:
         question = '\n\n'.join(filter(None, [row['instruction'], row.get('input')]))
         entry = Entry(row, [question], [row['model_response']], [row['output']], groups)
-    ''.join(entry.questions + entry.answers + entry.references)  # a TypeError if one is not a text
+    # a TypeError if one is not a text
+    ''.join(entry.questions + entry.answers + entry.references)
     if not 0 < len(entry.answers) <= len(entry.questions):
         raise KeyError('answers')
     return entry
@@ -99,9 +103,13 @@ def read_predictions(path):
     """The Entries of a file of predictions or answers. UserError names a faulty row."""
     if not Path(path).exists():
         raise UserError(f'there is no {path}; write it with: python sample.py')
-    rows = read_json(path)
+    needed = 'a JSON list of rows with instruction, output and model_response'
+    try:
+        rows = read_json(path)
+    except UserError as error:  # of a .jsonl or a .csv, say
+        raise UserError(f'{error}; it has to be {needed}') from error
     if not isinstance(rows, list) or not rows:
-        raise UserError(f'{path} is not a list of rows with instruction, output and model_response')
+        raise UserError(f'{path} is not {needed}')
     entries = []
     for row in rows:
         try:
@@ -173,10 +181,11 @@ from 1 to 10."""
 
 
 class Style(NamedTuple):
+    """A way to judge: what is asked, on which scale, and what a reply has to look like."""
     prompt: str
     scale: tuple  # the lowest score, which an empty answer gets, and the highest
     max_tokens: int  # of a reply
-    pattern: str  # of a reply; the only group is the score
+    pattern: str  # of a reply; its group is the JSON that is the score, or an object that holds it
     form: str  # the same in words, to tell a judge whose reply does not fit
 
 
@@ -185,7 +194,7 @@ STYLES = {
     # an object may stand in a code fence or behind an explanation: ```json {"score": 85} ```
     'score': Style(
         SCORE_PROMPT, (0, 100), 64,
-        r'(?!.*"score".*"score")[^{}]*\{(?:[^{}]*,)?\s*"score"\s*:\s*(\d+)\s*(?:,[^{}]*)?\}[\s`]*',
+        r'(?!.*"score".*"score")[^{}]*(\{[^{}]*\})[\s`.*]*',
         'JSON, {"score": N}, and nothing else, where N is an integer'),
     # 85, or Score: 85.
     'book': Style(
@@ -197,10 +206,11 @@ STYLES = {
 }
 STYLE = STYLES[judge_style]
 LOWEST, HIGHEST = STYLE.scale
-SCHEMA = {  # of a reply; some servers ignore minimum and maximum, so all numbers are listed too
-    'type': 'object',
-    'properties': {'score': {'type': 'integer', 'minimum': 0, 'maximum': 100, 'enum': list(range(101))}},
-    'required': ['score'], 'additionalProperties': False}
+# of a reply; some servers ignore minimum and maximum, so all numbers are listed too
+SCORE_SCHEMA = {'type': 'integer', 'minimum': 0, 'maximum': 100, 'enum': list(range(101))}
+SCHEMA = {
+    'type': 'object', 'properties': {'score': SCORE_SCHEMA}, 'required': ['score'],
+    'additionalProperties': False}
 
 
 def fence(name, text):
@@ -216,7 +226,10 @@ def fence(name, text):
 
 
 def make_prompt(entry, texts):
-    """What the judge is asked about the last of the answers `texts`, given up to that turn."""
+    """
+    What the judge is asked about the last of the answers `texts`, given up to that turn: each question and
+    each answer in a fence of its own, and before the last answer the correct one, if the row has it.
+    """
     correct = ''.join(entry.references[len(texts) - 1:len(texts)])
     if judge_style == 'book':
         prompt = format_prompt(entry.row).removesuffix(RESPONSE_HEADER)
@@ -247,17 +260,23 @@ INJECTIONS = (  # worthless answers that address the judge
 
 
 def calibration_prompts(entries):
-    """{group of CALIBRATION: [[prompt], ...]}, about `calibrate` of the Entries that have a reference."""
-    usable = [entry for entry in entries if len(entry.questions) == 1 and ''.join(entry.references).strip()]
+    """
+    {group of CALIBRATION: [[prompt], ...]}, about `calibrate` of the Entries that have a reference. A judge
+    that scores the reference no higher than another row's, or that obeys an answer, is of no use.
+    """
+    usable = []
+    for entry in entries:
+        if len(entry.questions) == 1 and ''.join(entry.references).strip():
+            usable.append(entry)
     random.Random(seed).shuffle(usable)
-    pairs = [(entry, other.references) for entry, other in itertools.pairwise(usable)
-             if entry.references != other.references]
+    # with the row behind it; two rows may have the same reference, like the name of a class
+    pairs = [pair for pair in itertools.pairwise(usable) if pair[0].references != pair[1].references]
     prompts = {group: [] for group in CALIBRATION}
-    for n, (entry, others) in enumerate(pairs[:calibrate]):
-        texts = entry.references, others, [INJECTIONS[n % len(INJECTIONS)]], ['']
-        for group, its_texts in zip(CALIBRATION, texts):
-            # unlike a row's own, an empty answer is asked about
-            prompts[group].append([make_prompt(entry, its_texts[:1])])
+    for n, (entry, other) in enumerate(pairs[:calibrate]):
+        texts = entry.references[0], other.references[0], INJECTIONS[n % len(INJECTIONS)], ''
+        for group, text in zip(CALIBRATION, texts):
+            # here the judge is asked about an empty answer, too
+            prompts[group].append([make_prompt(entry, [text])])
     return prompts
 
 
@@ -266,9 +285,14 @@ def read_reply(text):
     # a model's thoughts, of which a server may leave out the first mark, and a limit the last one
     text = re.sub('^.*</think>|<think>.*', '', text, flags=re.DOTALL)
     match = re.fullmatch(STYLE.pattern, text, re.DOTALL | re.IGNORECASE)
-    if not match:
+    try:
+        score = json.loads(match[1] if match else 'null')
+    except ValueError:  # the braces are of something else
+        score = None
+    if isinstance(score, dict):
+        score = score.get('score')
+    if type(score) is not int:  # to isinstance a bool is one
         raise ValueError(f'it is not {STYLE.form}')
-    score = int(match[1])
     if not LOWEST <= score <= HIGHEST:
         raise ValueError(f'its score is not from {LOWEST} to {HIGHEST}')
     return score
@@ -288,12 +312,18 @@ def judgement(prompts, replies):
         return result | {'status': 'failed', 'fault': faults[0]}
     if not asked:
         return result | {'status': 'empty', 'score': LOWEST, 'judge_replies': ['empty, so by rule']}
-    scores = [read_reply(reply['text']) for reply in asked]
-    return result | {'score': (sum(scores) + LOWEST * prompts.count('')) / len(prompts)}
+    total = LOWEST * prompts.count('')
+    for reply in asked:
+        total += read_reply(reply['text'])
+    return result | {'score': total / len(prompts)}
 
 
 # -----------------------------------------------------------------------------
 # the server: Ollama's API, or /v1/chat/completions
+#
+# Three things can go wrong with a question. The reply has no score: the judge is told what was wrong, and
+# asked again. The request fails: urllib3 sends it again, some seconds later. The server does not take an
+# option: it is left out from then on. What goes on failing is a fault, which fails its row alone.
 
 TRIES = 3  # times an answer is asked for until it is valid
 PATIENCE = 3  # unanswered questions in a row, for each worker, after which a server counts as gone
@@ -339,7 +369,10 @@ def server_address(kind, url):
 
 
 class Server:
-    """The judge's server, of kind 'ollama' or 'openai'."""
+    """
+    The judge's server, of kind 'ollama' or 'openai'. check() asks what it has; ask(body(prompt)) asks the
+    judge, from several threads at a time.
+    """
 
     def __init__(self, kind, model, url=''):
         self.kind = kind
@@ -394,7 +427,8 @@ class Server:
         # no digest here: what is listed of a model's weights stands in for it
         digests = {}
         for model in self.call('/models')['data']:
-            digests[model['id']] = sha256_of([model.get(key) for key in ('root', 'meta', 'owned_by')])
+            told = [model.get(key) for key in ('root', 'meta', 'owned_by')]
+            digests[model['id']] = sha256_of(told)
         return digests
 
     def check(self, is_any=False):
@@ -409,7 +443,7 @@ class Server:
                 return  # a server need not list its models
             advice = 'start it (ollama serve), or set --judge_url, or OPENAI_API_KEY if it asks for a key'
             raise UserError(f'no judge at {self.url} ({fault}); {advice}') from fault
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{self.url} does not have the API of judge={self.kind!r}') from error
         if is_any and len(digests) == 1:
             self.model = next(iter(digests))
@@ -437,14 +471,18 @@ class Server:
         return body | form if judge_style == 'score' else body
 
     def chat(self, body):
-        """The text of the answer to a request, without the options that the server refuses. Raises Fault."""
+        """
+        The text of the answer to a request, without the options that the server refuses. Raises Fault.
+
+        A refusal names the option, in words of the server's own, like "Unsupported parameter: 'max_tokens'".
+        """
         sent = {option: value for option, value in body.items() if option not in self.refused}
         if 'max_tokens' in self.refused:
             sent['max_completion_tokens'] = 4096 + body['max_tokens']  # which counts a model's thoughts, too
         try:
             reply = self.call(CHAT[self.kind], sent)
             message = (reply['choices'][0] if self.kind == 'openai' else reply)['message']
-            return message['content'] or ''
+            return '' + (message['content'] or '')  # a TypeError for parts, like thoughts and a text
         except (KeyError, IndexError, TypeError) as error:
             raise Fault(f'a reply without an answer: {str(reply)[:200]}', 200) from error
         except Fault as fault:
@@ -481,7 +519,7 @@ class Server:
                 # not 'billing' or 'quota' alone, of which limits per minute speak as well
                 if re.search('HTTP 402|insufficient_quota|current quota|credit balance', fault):
                     self.gone = 'its quota is used up'
-                elif error.status == 429:
+                if error.status == 429 and not self.gone:
                     time.sleep(judge_backoff * 2 ** tries)
                 elif error.status != 200:  # at 200 the model failed half way, which is one of the tries
                     break
@@ -507,49 +545,54 @@ def find_server(kept):
 
 def ask_all(server, prompts, kept, path):
     """
-    {prompt: {text, tries, [fault]}}. Each reply is written to the file at path as it comes. One of those
-    kept, {a key: reply}, stands for a question with this key, unless it was a fault.
+    Ask the judge, several questions at a time -> {prompt: {text, tries, [fault]}}. Each reply is written
+    to the file at path as it comes, so that nothing that a run was told is lost when it is interrupted.
+
+    kept: {key: reply}, the file's content. A question whose key is there is not asked again, unless the reply
+    was a fault.
     """
     # num_ctx: a token is at least one byte, so the longest prompt in bytes, with the retries, bounds its
     # tokens. Rounded up to whole 4,096s, since Ollama loads the model again when it changes
     longest = max([len(prompt.encode('utf-8', 'replace')) for prompt in prompts], default=0)
     context = math.ceil((longest + TRIES * (STYLE.max_tokens + 100)) / 4096) * 4096
     context = min(context, 32768)
-    # Ollama's digest names the weights, wherever they are served
+    # all that could change a reply; Ollama's digest names the weights, wherever they are served
     identity = [server.version, server.digest, server.url if server.kind == 'openai' else '']
-    keys = {}
-    todo = {}
-    for prompt in prompts:
-        body = server.body(prompt, context)
-        keys[prompt] = sha256_of([body, *identity])  # all that could change a reply
-        if 'fault' in kept.get(keys[prompt], {'fault': 'not asked'}):
-            todo[keys[prompt]] = body
-    print(f'{len(keys):,} questions for {server.model}, {len(todo):,} of them new', flush=True)
-    if todo:
-        # Ollama loads a model for no messages; in the context of the questions, or it would load it again
+    keys = {prompt: sha256_of([server.body(prompt, context), *identity]) for prompt in prompts}
+    new = [prompt for prompt, key in keys.items() if 'fault' in kept.get(key, {'fault': 'not asked'})]
+    print(f'{len(keys):,} questions for {server.model}, {len(new):,} of them new', flush=True)
+    if new:
+        body = server.body(new[0], context)
+        if server.kind == 'ollama':
+            # it loads a model for no messages; in the context of the questions, or it would load it again
+            body['messages'] = []
         try:
-            server.chat(body | ({'messages': []} if server.kind == 'ollama' else {}))
+            server.chat(body)
         except Fault as fault:
             raise UserError(f'{server.model} at {server.url} does not answer: {fault}') from fault
-    lock = threading.Lock()
+    lock = threading.Lock()  # of the file, so that a line is whole
 
-    def answer(key):
-        its_server = [server.kind, server.model, server.version, server.digest]
-        kept[key] = server.ask(todo[key]) | {'key': key, 'server': its_server}
+    def answer(prompt):
+        reply = server.ask(server.body(prompt, context))
+        reply['key'] = keys[prompt]
+        reply['server'] = [server.kind, server.model, server.version, server.digest]
+        kept[keys[prompt]] = reply
         with lock, open(path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(kept[key]) + '\n')
+            file.write(json.dumps(reply) + '\n')
 
     # the pool's threads are daemons, so that an interruption need not wait for a server that hangs
     pool = ThreadPool(judge_workers)
-    bar = tqdm(pool.imap_unordered(answer, todo), 'judging', len(todo), disable=not sys.stderr.isatty())
+    answers = pool.imap_unordered(answer, new)
+    bar = tqdm(answers, 'judging', len(new), disable=not sys.stderr.isatty())
     for n, _ in enumerate(bar, 1):
-        if bar.disable and n % max(len(todo) // 10, 1) == 0:
-            print(f'judged {n:,}/{len(todo):,}', flush=True)
+        if bar.disable and n % max(len(new) // 10, 1) == 0:
+            print(f'judged {n:,}/{len(new):,}', flush=True)
     return {prompt: kept[key] for prompt, key in keys.items()}
 
 
 # -----------------------------------------------------------------------------
-# statistics
+# statistics: of means and of sums over rows by the jackknife, of shares by Wilson's formula. What a model's
+# mean score is worth depends on its interval: of 110 rows it is about 6 points wide on either side
 
 FEW = 10  # rows below which no interval of a mean can be believed
 
@@ -581,13 +624,16 @@ def jackknife(statistic, stats, scale=()):
     half_width = t.ppf(0.975, degrees) * math.sqrt(degrees * without.var())
     if half_width > 1e-9:  # not where one of the values is nan, nor where all are equal
         bounds = statistic(sums) + np.array([-half_width, half_width])
-        found['low'], found['high'] = (bounds.clip(*scale) if scale else bounds).tolist()
+        if scale:
+            bounds = bounds.clip(*scale)
+        found['low'], found['high'] = bounds.tolist()
     return found
 
 
 def mean_interval(values, scale=()):
     """The interval of the mean of values, which may be on a scale (lowest, highest); None without values."""
-    return jackknife(ratio, np.array([[value, 1] for value in values]).reshape(-1, 2), scale)
+    rows = [[value, 1] for value in values]
+    return jackknife(ratio, np.array(rows).reshape(-1, 2), scale)
 
 
 def share_interval(count, n):
@@ -599,7 +645,10 @@ def share_interval(count, n):
 
 
 def compare(differences):
-    """run - baseline, one for each row -> their mean's interval, wins, ties, losses, sign test."""
+    """
+    run - baseline, one for each row -> their mean's interval, wins, ties, losses, sign test. By row, since
+    two means with wide intervals may still differ in nearly all of their rows.
+    """
     if not differences:
         return None
     n = len(differences)
@@ -611,7 +660,8 @@ def compare(differences):
 
 
 # -----------------------------------------------------------------------------
-# reference metrics: each is a statistic of sums over rows
+# reference metrics: each is a statistic of sums over rows, so that the rows of any group can be summed up,
+# and each row be left out, without counting n-grams again
 
 # of sacrebleu the methods that count in a row, and that score such counts, whose names begin with _: its
 # version is pinned. force: without advice on texts that may be tokenized already
@@ -645,10 +695,12 @@ def row_statistics(entries):
     answers = [entry.answers[0] for entry in entries]
     references = [entry.references[0] for entry in entries]
     for entry, answer, reference in zip(entries, answers, references):
-        stats['exact match %'].append([100 * (answer.strip() == reference.strip()), 1])
+        is_exact = answer.strip() == reference.strip()
+        stats['exact match %'].append([100 * is_exact, 1])
         # it counts Latin letters and digits alone
         has_words = bool(re.search('[a-z0-9]', reference.lower()))
-        stats['ROUGE-L'].append([100 * rouge.score(reference, answer)['rougeL'].fmeasure, has_words])
+        rouge_l = rouge.score(reference, answer)['rougeL'].fmeasure
+        stats['ROUGE-L'].append([100 * rouge_l, has_words])
         stats['length ratio'].append([len(answer), len(reference)])
         # what sample.py tells of an answer, and other files need not
         is_cut = entry.row.get('truncated')
@@ -678,14 +730,16 @@ def reference_metrics(stats, numbers):
     """
     table = {}
     for metric, statistic in METRICS.items():
-        rows = [its[metric][numbers] for its in stats.values()]
+        rows = [its[metric][numbers] for its in stats.values()]  # of each side
         found = {side: metric_interval(metric, its_rows) for side, its_rows in zip(stats, rows)}
         if any(found.values()):
             table[metric] = found
         if len(found) == 2 and all(found.values()):
+            # both sides' sums without the same row, since a hard row is hard for both
             both = np.hstack(rows)
             k = both.shape[1] // 2
-            found['difference'] = jackknife(lambda sums: statistic(sums[:k]) - statistic(sums[k:]), both)
+            found['difference'] = jackknife(
+                lambda sums: statistic(sums[:k]) - statistic(sums[k:]), both)
     return table
 
 
@@ -693,7 +747,10 @@ def reference_metrics(stats, numbers):
 # summaries of the judgements
 
 def summary(judgements):
-    """{score: interval, scored, empty, failed}, of which the last three are numbers of rows."""
+    """
+    {score: interval, scored, empty, failed}, of which the last three are numbers of rows. A row on which the
+    judge failed has no score: it would be wrong to count it as a bad answer.
+    """
     status = Counter(result['status'] for result in judgements)
     scores = [result['score'] for result in judgements if result['score'] is not None]
     return {'score': mean_interval(scores, STYLE.scale), 'scored': status['scored'],
@@ -709,7 +766,7 @@ def differences(judgements, others):
 def calibration(judgements):
     """{groups: {group: summary}, told_apart: share of rows whose reference beat another's, findings}."""
     groups = {}
-    share_above = {}  # the wrong answer
+    share_above = {}  # in which share of the rows it scores above the wrong answer
     for group in CALIBRATION:
         groups[group] = summary(judgements[group])
         found = differences(judgements[group], judgements['wrong answer'])
@@ -721,6 +778,7 @@ def calibration(judgements):
     elif told_apart < 0.75:
         findings.append(f"this judge scores a reference above another row's in {told_apart:.0%} of the rows "
                         'alone: its scores mean nothing')
+    # neither answers anything, so a judge may not put it above a wrong answer in more than some rows
     for group in 'prompt injection', 'empty':
         share = share_above[group] or 0
         if share > 0.25:
@@ -734,10 +792,11 @@ def calibration(judgements):
 
 def read_curves(path):
     """{train, val: [[step, loss], ...]} of a log.jsonl: an evaluation has val_loss, a step loss."""
-    records = read_jsonl(path)
-    curves = {}
-    for name, key in ('train', 'loss'), ('val', 'val_loss'):
-        curves[name] = [[record['step'], record[key]] for record in records if record.get(key) is not None]
+    curves = {'train': [], 'val': []}
+    for record in read_jsonl(path):
+        for name, key in ('train', 'loss'), ('val', 'val_loss'):
+            if record.get(key) is not None:
+                curves[name].append([record['step'], record[key]])
     return curves
 
 
@@ -750,7 +809,12 @@ def format_interval(found):
 
 
 def metrics_lines(scores):
-    """The table of reference metrics, or no lines if there are none."""
+    """
+    The table of reference metrics, or no lines if there are none. For example:
+
+                          run                         baseline                    difference
+        exact match %     12.73 [7.73, 20.24]         0.00 [0.00, 3.37]           12.73 [6.40, 19.05]
+    """
     metrics = scores['metrics'].get('all')
     if not metrics:
         return []
@@ -765,7 +829,11 @@ def metrics_lines(scores):
 
 
 def judge_lines(scores):
-    """Means and how many rows they cover, the comparison by row, the judge's calibration, faults."""
+    """
+    Means and how many rows they cover, the comparison by row, the judge's calibration, faults. For example:
+
+        run: 49.51 [45.20, 53.90] on 0 to 100 by llama3, over 109 of 110 rows, 2 empty (0 by rule), 1 failed
+    """
     lines = []
     for side, totals in scores['summary'].items():
         n_valid = totals['scored'] + totals['empty']
@@ -804,7 +872,8 @@ def numbers_by_group(entries):
     for number, entry in enumerate(entries):
         for group in entry.groups:
             numbers[group].append(number)
-    return dict(sorted(numbers.items(), key=lambda item: (-len(item[1]), item)))
+    groups = sorted(numbers, key=lambda group: (-len(numbers[group]), group))
+    return {group: numbers[group] for group in groups}
 
 
 def score_references(scores, sides):
@@ -863,21 +932,20 @@ def ask_judge(scores, sides):
 
 
 def write_scores(scores):
-    """Write the scores, what was printed of them, and the report; the paths of the first and the last."""
-    path = Path(out_dir, 'scores.json')
-    if judge == 'reference':
-        # what a judge has said is not overwritten by less
-        if path.exists() and 'summary' in read_json(path):
-            print(f'{path} holds what a judge has said, and stays')
-            path = path.with_stem('scores-reference')
-    elif judge_style != 'score':
-        path = path.with_stem(f'scores-{judge_style}')
+    """Write the scores into out_dir, what was printed of them, and the report."""
+    folder = Path(out_dir)
+    suffix = ''
+    if judge != 'reference' and judge_style != 'score':
+        suffix = '-' + judge_style
+    elif judge == 'reference' and (folder / 'scores.json').exists():
+        if 'summary' in read_json(folder / 'scores.json'):
+            suffix = '-reference'  # what a judge has said is not overwritten by less
+            print(f'{folder}/scores.json holds what a judge has said, and stays')
     lines = metrics_lines(scores) + (judge_lines(scores) if 'summary' in scores else [])
-    write_json(path, scores)
-    atomic_write(path.with_suffix('.txt'), lambda file: file.write('\n'.join(lines) + '\n'))
-    report = path.with_name(path.stem.replace('scores', 'report') + '.html')
-    write_report(report, scores, read_curves(Path(out_dir, 'log.jsonl')))
-    print(f'\nwrote {path} and {report}')
+    write_json(folder / f'scores{suffix}.json', scores)
+    atomic_write(folder / f'scores{suffix}.txt', lambda file: file.write('\n'.join(lines) + '\n'))
+    write_report(folder / f'report{suffix}.html', scores, read_curves(folder / 'log.jsonl'))
+    print(f'\nwrote {folder}/scores{suffix}.json and {folder}/report{suffix}.html')
 
 
 def main():

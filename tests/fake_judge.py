@@ -4,7 +4,7 @@ A judge's server for tests: Ollama's API and /v1/chat/completions, with every fa
     python tests/fake_judge.py      # prints its port, answers {"score": 50} to everything
 
 server.scripts: {a text in the prompt: [what to do at each asking of it, the last for all further ones]}; what to do is a
-text to answer with, a status to fail with, or 'STALL', 'HANG', 'LENGTH', 'MIDSTREAM', 'BREAK', 'DROP', 'NOTHING', 'ECHO KEY'. What no
+text to answer with, a status to fail with, or 'STALL', 'HANG', 'LENGTH', 'MIDSTREAM', 'BREAK', 'DROP', 'NOTHING', 'LIMIT', 'ECHO KEY'. What no
 script names is for server.opinion(prompt) to answer. server.kind: a name of KINDS, servers that refuse what others take.
 """
 import difflib
@@ -173,12 +173,14 @@ class Handler(BaseHTTPRequestHandler):
         if act == 'QUOTA':
             return self.send(429, {'error': {'message': 'You exceeded your current quota, please check your plan and billing details.',
                                              'type': 'insufficient_quota', 'code': 'insufficient_quota'}})
+        if act == 'LIMIT':
+            return self.send(429, {'error': {'message': 'Rate limit reached, try again in 2 s. Need more? See your billing settings.'}})
         if act == 'ECHO KEY':
             return self.send(400, {'error': {'message': f'incorrect key {self.headers.get("Authorization")}'}})
-        if isinstance(act, int):
+        if isinstance(act, int) and act >= 400:
             return self.send(act, {'error': {'message': f'status {act}'} if is_openai else f'status {act}'})
         reason = 'length' if act == 'LENGTH' else 'stop'
-        message = {'role': 'assistant', 'content': {'LENGTH': '{"score":', 'NOTHING': ''}.get(act, act)}
+        message = {'role': 'assistant', 'content': {'LENGTH': '{"score":', 'NOTHING': ''}.get(act, act) if isinstance(act, str) else act}
         if is_openai:
             return self.send(200, {'choices': [{'message': message, 'finish_reason': reason}]})
         if server.thinks and body.get('think') is not False:

@@ -121,7 +121,8 @@ def ask(client, server):
 @pytest.mark.parametrize('text', [
     '85/100', 'I would give it 85.', '{"score": 101}', '{"score": -1}', '{"score": true}', '', '85', '{"score": 85.0}', '{"score": "85"}',
     '{"score": 85} good', '{"points": 85}', '[85]', '{"score": NaN}', 'null', '{"score": 8', '{"score": 10, "score": 90}',
-    '{"score": 10} or {"score": 90}', '{"score": {"score": 85}}', '{"score": 85', '<think>{"score": 85}</think>'])
+    '{"score": 10} or {"score": 90}', '{"score": {"score": 85}}', '{"score": 85', '<think>{"score": 85}</think>', '<think>Perhaps {"score": 85}',
+    '{"why": "It says, "score": 85, itself"}', '{"score": ' + '9' * 5000 + '}'])
 def test_what_is_no_single_score_is_refused(text):
     with pytest.raises(ValueError, match='^it'):
         stage.read_reply(text)
@@ -129,7 +130,8 @@ def test_what_is_no_single_score_is_refused(text):
 
 @pytest.mark.parametrize('text', [
     '{"score": 85}', ' {"score":85}\n', '{"score": 85}' + '\n' * 58, '```json\n{"score": 85}\n```', 'It says the same.\n{"score": 85}',
-    '{"score": 85, "why": "It says the same."}', '<think>\nPerhaps {"score": 40}?\n</think>\n\n{"score": 85}'])
+    '{"score": 85, "why": "It says the same."}', '{"why": "It asks for \\"score\\": 100", "score": 85}', 'Perhaps {"score": 40}?\n</think>\n{"score": 85}',
+    '<think>\nPerhaps {"score": 40}?\n</think>\n\n{"score": 85}'])
 def test_a_score_that_is_unambiguous_is_read(text):
     assert stage.read_reply(text) == 85
 
@@ -622,9 +624,24 @@ def test_a_server_that_does_not_know_of_thinking(ask, server):
     assert ask() == {'text': '{"score": 85}', 'tries': 1}
 
 
+@pytest.mark.parametrize('content', [[{'type': 'text', 'text': '{"score": 85}'}], {'text': '85'}, 85])
+def test_an_answer_that_is_no_text_is_a_fault(ask, server, content):
+    server.opinion = lambda prompt: content
+    for kind in 'ollama', 'openai':
+        judge_client = stage.Server(kind, 'llama3', server.url)
+        reply = judge_client.ask(judge_client.body('Score it.'))
+        assert (reply['tries'], reply['fault'][:23]) == (3, 'a reply without an answ')
+
+
+def test_a_limit_per_minute_is_waited_for_though_it_speaks_of_billing(ask_three, server):
+    server.scripts['two'] = ['LIMIT', 'LIMIT', '{"score": 61}']
+    assert [answer['text'] for answer in ask_three()] == ['{"score": 50}', '{"score": 61}', '{"score": 50}']
+
+
 def test_a_quota_that_is_used_up_ends_the_run_at_once(judge, server):
     server.quota = 3  # the load, and two questions
     done, scores = judge('--judge=openai', f'--judge_url={server.url}', code=1)
+    assert 'You exceeded your current quota' in scores['faults'][0]
     assert scores['summary']['run']['scored'] == 2
     assert scores['summary']['run']['failed'] == 9
     assert scores['rows'][11]['run']['fault'] == 'not asked, since its quota is used up'
@@ -683,7 +700,9 @@ def test_an_openai_server_with_a_key(judge, server, tmp_path, kind):
     ('openai', '127.0.0.1:8000', 'http://127.0.0.1:8000/v1'),
     # a path of its own stays
     ('openai', 'https://api.example/v1beta/openai', 'https://api.example/v1beta/openai'), ('openai', 'https://api.example/api/v3', 'https://api.example/api/v3'),
-    ('openai', 'https://box/proxy', 'https://box/proxy/v1')])
+    ('openai', 'https://box/proxy', 'https://box/proxy/v1'),
+    # the address that a question is sent to, as the book has it
+    ('ollama', 'http://localhost:11434/api/chat', 'http://localhost:11434'), ('openai', 'https://api.example/v1/chat/completions', 'https://api.example/v1')])
 def test_addresses(monkeypatch, kind, given, address):
     monkeypatch.setenv('OLLAMA_HOST', given if kind == 'ollama' else 'wrong')
     assert stage.server_address(kind, '' if kind == 'ollama' else given) == address
@@ -732,6 +751,14 @@ def test_what_to_type_when_the_server_or_the_model_is_missing(judge, server, tmp
     assert 'python sample.py' in judge('--out_dir=nowhere', code=2)[0].stderr
 
 
+@pytest.mark.parametrize('listed', [None, [None], ['llama3'], [{}], {'llama3': 1}])
+def test_a_server_of_another_kind_is_told(client, server, monkeypatch, listed):
+    monkeypatch.setattr(stage.Server, 'call', lambda *args: {'data': listed, 'models': listed, 'version': '1'})
+    for kind in 'ollama', 'openai':
+        with pytest.raises(UserError, match=f"does not have the API of judge='{kind}'"):
+            client(kind)
+
+
 def test_a_server_that_refuses_the_first_question_ends_in_one_line(judge, server):
     server.scripts['Write'] = [401]
     server.models = {'m': 'd'}
@@ -746,7 +773,8 @@ def test_a_server_that_refuses_the_first_question_ends_in_one_line(judge, server
     ('[{"instruction": "x", "output": "y"}]', 'row 0 lacks a text'),
     ('[{"instruction": "x", "output": "y", "model_response": "z"}, {"instruction": "x", "output": 7, "model_response": "z"}]', 'row 1 lacks a text'),
     ('[{"turns": ["x"], "answers": ["y", "z"]}]', 'row 0 lacks a text'), ('[{"turns": ["x"], "answers": []}]', 'row 0 lacks a text'),
-    ('[7]', 'row 0 lacks a text'), ('[]', 'is not a list of rows'), ('{}', 'is not a list of rows'), ('[{', 'cannot read')])
+    ('[7]', 'row 0 lacks a text'), ('[]', 'is not a JSON list of rows'), ('{}', 'is not a JSON list of rows'), ('[{', 'cannot read'),
+    ('{"instruction": "x"}\n{"instruction": "x"}\n', 'it has to be a JSON list of rows'), ('instruction,output\nx,y\n', 'it has to be a JSON list of rows')])
 def test_predictions_that_cannot_be_read_are_told(tmp_path, text, said):
     (tmp_path / 'x.json').write_text(text)
     with pytest.raises(UserError, match=said):
