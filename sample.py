@@ -79,6 +79,7 @@ class Loaded(NamedTuple):
 
 
 def newest(paths):
+    """The path that was written last; None of none."""
     return max(paths, key=os.path.getmtime, default=None)
 
 
@@ -112,7 +113,10 @@ def load_run(run):
 
 
 def load_named(where, cache_dir='', download_from='openai', adapter=''):
-    """A model by name or path, and the adapter, merged, if one is named."""
+    """
+    A model by name or path, and the adapter, merged, if one is named. Raises ModelError, and UserError if the
+    adapter is of another base.
+    """
     model = GPT.from_pretrained(where, cache_dir, download_from, vocab_size=VOCAB_SIZE)
     if adapter:
         load_adapter(model, adapter)
@@ -127,7 +131,7 @@ def load_base(run, cache_dir='', download_from='openai'):
     if about['init_from'] == 'scratch':  # made again from its shape and seed
         torch.manual_seed(about['config']['seed'])
         model = GPT(GPTConfig(**about['model']))
-    else:
+    else:  # by the name or the path that training was given
         model = GPT.from_pretrained(about['init_from'], cache_dir, download_from, vocab_size=VOCAB_SIZE)
     made_of = {'base weights': fingerprint(dict(model.named_parameters()))}
     check_made_of(run, about.get('made_of', {}), made_of,
@@ -149,6 +153,7 @@ def answer(model, rows, on_done, settings, seeds=None):
     Answer rows; on_done(i, {'model_response', 'truncated': met the limit}) is called as each one ends.
     settings: max_new_tokens, temperature, top_k, seed. seeds: one for each row instead.
     """
+    # the ids of prepare.py's template, as in training: nothing else would be the model's own task
     prompts = [encode_prompt(row) for row in rows]
     limit = settings['max_new_tokens']
 
@@ -162,7 +167,10 @@ def answer(model, rows, on_done, settings, seeds=None):
 
 @torch.inference_mode()
 def reference_losses(model, data, device='cpu'):
-    """For each row {'reference_loss': nats per token of the reference answer, 'reference_tokens'}."""
+    """
+    For each row of a Split {'reference_loss': nats per token of the reference answer, 'reference_tokens'}:
+    how likely the model finds the right answer, which says more of small models than whether they give it.
+    """
     results = []
     numbers = range(len(data.meta['start']))
     for i in range(0, len(numbers), 8):
@@ -190,6 +198,7 @@ def answer_all(loaded, rows, path, settings, rank, world_size, seeds=None):
         print(f'{len(results)} of {len(rows)} answers are there already')
     if world_size > 1:
         dist.barrier()  # all have read before one writes
+    # every world_size-th of what is left, so that all have about as much to do
     todo = [i for i in range(len(rows)) if i not in results][rank::world_size]
     bar = tqdm(total=len(todo), unit='answer', disable=None if rank == 0 else True)
     with open(f'{path}.part{rank}', 'a', encoding='utf-8') as file:
@@ -203,6 +212,7 @@ def answer_all(loaded, rows, path, settings, rank, world_size, seeds=None):
 
         answer(loaded.model, [rows[i] for i in todo], on_done, settings, seeds and [seeds[i] for i in todo])
     bar.close()
+    # the first process writes, so it needs what the others found
     if world_size > 1:
         from_each = [None] * world_size
         dist.all_gather_object(from_each, results)
@@ -223,11 +233,13 @@ def write_answers(path, rows, loaded, made_of, config, **more):
 
 def predict(loaded, data, path, config, device, rank, world_size):
     """Answer the rows of a Split into <path>.json."""
+    # what else is set, like out_dir, changes no answer, and must not make an interrupted run begin anew
     rows = data.meta['rows']
     settings = {key: config[key] for key in ('max_new_tokens', 'temperature', 'top_k', 'seed', 'dtype')}
     results = answer_all(loaded, rows, path, settings, rank, world_size)
     if rank > 0:
         return
+    # by the same weights, in the same precision, right behind the answers
     losses = reference_losses(loaded.model, data, device)
     rows = [row | result | loss for row, result, loss in zip(rows, results, losses)]
     write_answers(path, rows, loaded, {'data': data_hash(config['dataset'])}, config)
@@ -268,6 +280,7 @@ def answer_questions(model, path, out, config):
 
 
 def print_answer(model, instruction, input, config):
+    """Print the answer to one instruction. ModelError if it leaves no room for one."""
     row = {'instruction': instruction, 'input': input}
     answer(model, [row], lambda i, result: print(result['model_response']), config)
 
@@ -275,6 +288,7 @@ def print_answer(model, instruction, input, config):
 def show_examples(dataset):
     """Print what the model was trained for: the families of its test rows, and three of them."""
     rows = read_json(Path('data', dataset, 'test.json')).get('rows', [])
+    # the demo's rows name theirs; other data sets have none, or a column of that name that means anything
     families = sorted({row['family'] for row in rows if isinstance(row.get('family'), str)})
     if families:
         print('it knows these tasks:', ', '.join(families))
@@ -301,6 +315,7 @@ def talk(model, config):
 
 
 def main():
+    # what answers, and on what
     run = None if adapter else find_run(config)
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
@@ -328,6 +343,7 @@ def main():
         predict(loaded, data, out / (BEFORE if is_baseline else PREDICTIONS), config, chosen_device, rank,
                 world_size)
         if run and before:
+            # one after the other, as both may not fit into a GPU's memory
             del loaded
             base = load_base(run, cache_dir, download_from)
             for_inference(base.model, chosen_device, compute_dtype)

@@ -60,13 +60,18 @@ SYNONYMS = {
 
 
 def settings_of(path):
-    """The Settings of a stage by name, read from its text, so that nothing is run; {} for other files."""
+    """
+    The Settings of a stage by name, in the order of its text; {} for other files. They are read from the
+    text, not by an import: a config file may set what any stage knows, and the packages that the other stages
+    import need not be there.
+    """
     try:
         text = Path(path).read_text(encoding='utf-8')
         call = re.search(r'^config = configure\(globals\(\)\)', text, re.MULTILINE)
         body = ast.parse(text[:call.start()]).body if call else []
     except (OSError, ValueError, SyntaxError):  # a file of the user's that happens to lie here
         return {}
+    # of each assignment the value, the names, and the comment behind it, which Python's parser leaves out
     lines = text.splitlines()
     defaults = {}
     settings = {}
@@ -99,7 +104,10 @@ def settings_of_all_stages():
 
 
 def check_type(key, value, settings, where):
-    """The value in the type of its setting, an int taken for a float. UserError: a wrong name or type."""
+    """
+    The value in the type of its setting, an int taken for a float. UserError: a wrong name or type. where:
+    the file or the flag that says so. True passes for no int, though to Python it is 1.
+    """
     if key not in settings:
         nearest = SYNONYMS.get(key)
         if nearest not in settings:
@@ -116,7 +124,10 @@ def check_type(key, value, settings, where):
 
 
 def check_rule(key, value, rule):
-    """UserError if the value breaks the rule that its setting's comment states."""
+    """
+    UserError if the value breaks the rule that its setting's comment states, as [>= 1] in
+    `batch_size = 8  # rows of a batch [>= 1]`. Infinity and NaN break every rule about numbers.
+    """
     if '|' in rule:
         choices = [choice.strip() for choice in rule.split('|')]
         is_right = value in choices
@@ -138,7 +149,10 @@ def check_rule(key, value, rule):
 
 
 def read_config_file(path, settings):
-    """Run a config file and return {key: value}, each checked against the settings of all stages."""
+    """
+    Run a config file and return {key: value}, each checked against the settings of all stages. What it
+    imports, the functions that it defines and names with a leading underscore are its own business.
+    """
     found = {}
     try:
         text = Path(path).read_text(encoding='utf-8')
@@ -154,7 +168,10 @@ def read_config_file(path, settings):
 
 
 def read_flag(flag, settings):
-    """'--key=value' as (key, value). A string needs no quotes, any other type is a Python literal."""
+    """
+    '--key=value' as (key, value). A string needs no quotes, any other type is a Python literal, as in
+    --packing=False or --learning_rate=1e-3. UserError.
+    """
     key, equals, value = flag[2:].partition('=')
     if key in settings and not equals:
         raise UserError(f'{flag}: flags are written --key=value')
@@ -179,6 +196,7 @@ def configure(stage):
     Override the settings in `stage` (a module's globals) from the command line; print them, and return them
     as a Config. A stage that is imported keeps its defaults. Raises UserError.
     """
+    # the defaults as the stage has computed them: `2 * batch_size` too
     path = Path(stage['__file__'])
     settings = {}
     for key, setting in settings_of(path).items():
@@ -195,6 +213,7 @@ def configure(stage):
         show_help(path)
         sys.exit(0)
 
+    # in their order, so that the later one wins; what a file sets for other stages is checked and left aside
     flags = set()
     files = set()
     settings_of_files = settings_of_all_stages() | settings
@@ -208,12 +227,14 @@ def configure(stage):
             files |= values.keys()
             stage.update({key: value for key, value in values.items() if key in settings})
 
+    # the rules come last, as a file may set what a flag then mends
     config = Config({key: stage[key] for key in settings})
     config.flags = frozenset(flags)
     config.files = frozenset(files)
     for key, setting in settings.items():
         if setting.rule:
             check_rule(key, config[key], setting.rule)
+    # under torchrun the first process speaks for all
     if int(os.environ.get('RANK', 0)) == 0:
         for key, value in config.items():
             print(f'{key} = {value!r}' + ('' if value == settings[key].default else '  # set'))
@@ -224,6 +245,7 @@ def configure(stage):
 # errors
 
 def wants_help():
+    """Whether the command line asks for help, which is given even where packages are missing."""
     return '-h' in sys.argv[1:] or '--help' in sys.argv[1:]
 
 
@@ -238,7 +260,10 @@ def install_command(module):
 
 
 def message_of(kind, error):
-    """(the line to print for an error, the exit status), or None for an error that is a fault of ours."""
+    """
+    (the line to print for an error, the exit status), or None for an error that is a fault of ours, whose
+    traceback is worth more than any line. kind: its class.
+    """
     if issubclass(kind, ModuleNotFoundError):
         return f'{error}: {install_command(error.name.partition(".")[0])}', 2
     if issubclass(kind, KeyboardInterrupt):
@@ -320,6 +345,7 @@ def atomic_write(path, write, mode='w'):
 
 
 def write_json(path, value):
+    """Write a value as JSON, whole or not at all. UserError if it cannot be written."""
     atomic_write(path, lambda file: json.dump(value, file, indent=1))
 
 
@@ -358,7 +384,7 @@ def check_made_of(path, made_of, now, advice):
 
 
 def sha256_of(value):
-    """The sha256 of any value that JSON can hold."""
+    """The sha256 of any value that JSON can hold; dicts of any order of their keys are equal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -488,6 +488,5 @@ def test_a_long_run_shows_that_it_goes_on(tmp_path, monkeypatch, capsys):
     rows = itertools.repeat({'instruction': 'a', 'output': 'b'}, 200_000)
     monkeypatch.setattr(prepare, 'read_rows', lambda *args: rows)
     monkeypatch.setattr(prepare, 'encode_row', lambda row, block_size: ([1, EOS], 0, 1))
-    monkeypatch.setattr(prepare, 'to_json', lambda row: b'{}\n')
     prepare.encode_sources({'a': 'a'}, tmp_path, Counter(), set())
     assert capsys.readouterr().out.splitlines() == ['200,000 rows read']

@@ -191,7 +191,7 @@ def test_a_chat_gives_its_first_exchange(value, instruction, input, output, left
     ([{'from': 'gpt', 'value': 'Hi.'}], 'its chat has no message of the user'),
     (['Name it.', USER], "its chat is not a list of messages: ['Name it.', {'role'"),
     ('Name it.', "its chat is not a list of messages: 'Name it.'"),
-    ({'role': 'user'}, 'its chat is not a list of messages: None'),
+    ({'role': 'user'}, "its chat is not a list of messages: {'role': 'user'}"),
     ([{'role': 'user', 'content': [{'type': 'image_url', 'image_url': {}}]}, ASSISTANT], "a message of its chat is not a text: {'type': 'image_url'"),
     ([{'role': 'user', 'content': 7}, ASSISTANT], 'a message of its chat is not a text: 7'),
 ])
