@@ -24,7 +24,7 @@ from config import (
 )
 from engine import choose_device, for_inference, generate, join_processes
 from lora import load_adapter, merge_lora
-from model import GPT, RELEASED, GPTConfig, ModelError, fingerprint
+from model import GPT, RELEASED, GPTConfig, ModelError, find_checkpoint, fingerprint
 from prepare import (
     IGNORE,
     RESPONSE_HEADER,
@@ -109,20 +109,28 @@ def load_run(run):
     weights = fingerprint(dict(model.named_parameters()))
     check_made_of(run, about, {'weights': weights}, f'{path} was replaced')
     made_of = about.get('made_of', {}) | {'weights': weights, 'source rows': about['sha256']}
-    return Loaded(model, f'{path} (step {about["step"]}, val loss {about["val_loss"]:.4f})', made_of)
+    val_loss = 'not measured' if about['val_loss'] is None else f'{about["val_loss"]:.4f}'
+    return Loaded(model, f'{path} (step {about["step"]}, val loss {val_loss})', made_of)
 
 
 def load_named(where, cache_dir='', download_from='openai', adapter=''):
     """
-    A model by name or path, and the adapter, merged, if one is named. Raises ModelError, and UserError if the
-    adapter is of another base.
+    A model by name or path, and the adapter, merged, if one is named; what was tuned says what rows it
+    learned.
+    Raises ModelError, and UserError if the adapter is of another base.
     """
-    model = GPT.from_pretrained(where, cache_dir, download_from, vocab_size=VOCAB_SIZE)
-    if adapter:
-        load_adapter(model, adapter)
-        merge_lora(model)
-    name = f'{where} with {adapter}' if adapter else where
-    return Loaded(model, name, {'weights': fingerprint(dict(model.named_parameters()))})
+    run = None if where in RELEASED else find_checkpoint(where).with_suffix('.json')
+    if run and run.name.endswith('-sft.json') and run.exists() and 'made_of' in read_json(run):
+        loaded = load_run(run)
+    else:
+        model = GPT.from_pretrained(where, cache_dir, download_from, vocab_size=VOCAB_SIZE)
+        loaded = Loaded(model, where, {'weights': fingerprint(dict(model.named_parameters()))})
+    if not adapter:
+        return loaded
+    about = load_adapter(loaded.model, adapter)
+    merge_lora(loaded.model)
+    made_of = about.get('made_of', {}) | {'weights': fingerprint(dict(loaded.model.named_parameters()))}
+    return Loaded(loaded.model, f'{where} with {adapter}', made_of)
 
 
 def load_base(run, cache_dir='', download_from='openai'):

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from config import UserError, atomic_write, check_made_of, configure, hold, read_jsonl, write_json
+from config import UserError, atomic_write, check_made_of, configure, hold, read_json, read_jsonl, write_json
 from engine import choose_device, generate, join_processes
 from lora import add_lora, gather, merged_state_dict, save_adapter
 from model import GPT, GPTConfig, fingerprint
@@ -104,7 +104,7 @@ out = Path(out_dir)
 
 
 def print0(text):
-    """Print in the first process only."""
+    """Print in the first process only, at once: a log is read while it is written."""
     if rank == 0:
         print(text, flush=True)
 
@@ -129,7 +129,7 @@ if meta['sha256'] != data['val'].meta['sha256']:
 RESUME_KEEPS = (
     'dataset', 'seed', 'n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'shuffle', 'packing',
     'loss_on', 'sampled_softmax', 'lora_rank', 'lora_alpha', 'lora_dropout', 'lora_targets', 'quantize',
-    'dtype', 'examples_per_step')
+    'dtype', 'examples_per_step', 'data_split_seed', 'data_examples', 'data_tokens')
 
 
 def read_checkpoint():
@@ -142,21 +142,26 @@ def read_checkpoint():
         reason = str(error).splitlines()[0]
         raise UserError(f'cannot resume from {out}/ckpt.pt ({reason}): '
                         'start without --init_from=resume') from error
-    if 'format' not in saved:
-        was.pop('loss_on')  # checkpoints of format 1 have other names for the same
     now = config | {'examples_per_step': examples_per_step}
+    if 'format' not in saved:
+        # format 1 has other names for the same loss_on, and tells its rows by their number
+        was.pop('loss_on')
+        was |= saved.get('split', {})
+        now |= {f'data_{key}': meta.get(key) for key in ('split_seed', 'examples', 'tokens')}
     changed = [key for key in now if key in was and was[key] != now[key]]
-    differences = ', '.join(f'{key} was {was[key]!r}, is {now[key]!r}'
-                            for key in changed if key in RESUME_KEEPS)
+    differences = [
+        f'{key} was {was[key]!r}, is {now[key]!r}' for key in changed if key in RESUME_KEEPS]
     if differences:
-        raise UserError(f'{out}/ckpt.pt is of another run: {differences}; set them back, or start without '
-                        '--init_from=resume')
+        raise UserError(
+            f'{out}/ckpt.pt is of another run: {", ".join(differences)}; set them back, or start without '
+            '--init_from=resume')
     for key in set(changed) - {'init_from', 'out_dir'}:
         print0(f'resumed with another {key}: {was[key]!r} is {now[key]!r} from here on')
     return saved
 
 
 saved = read_checkpoint() if init_from == 'resume' else None
+# a base that the run's own files would replace could not be told from them, and sample.py compares with it
 origin = saved['config']['init_from'] if saved else init_from
 if out.resolve() in (Path(origin).resolve(), *Path(origin).resolve().parents) and Path(origin).exists():
     raise UserError(f'init_from={origin} lies in out_dir={out_dir}, where this run would replace it: '
@@ -168,9 +173,12 @@ if quantize != 'none' and (not lora_rank or shard):
 if sampled_softmax and shard:
     raise UserError('sampled_softmax goes with one process or several, not with shard=True')
 
+# a model from scratch, and LoRA's matrices, are drawn from this seed
 torch.manual_seed(seed)
 if saved and not lora_rank:
-    with torch.device('meta'):  # no memory, as the weights of the checkpoint take its place
+    # made without memory: the tensors that were read become its weights, so that a resumed run needs no more
+    # than the run itself
+    with torch.device('meta'):
         model = GPT(GPTConfig(**saved['model_config']))
     model.load_state_dict(saved.pop('model'), assign=True)
 elif origin == 'scratch':
@@ -179,7 +187,8 @@ else:
     model = GPT.from_pretrained(origin, cache_dir, download_from, dropout, vocab_size=VOCAB_SIZE)
 name = f'{model.config.name}-sft'
 
-# what this run is made of, which is written into all that it makes
+# what this run is made of, which is written into all that it makes: a later stage, or a run that goes on,
+# refuses other rows and another base. The weights of a resumed run are no longer those of its base
 made_of = {'data': data_hash(dataset)}
 if saved and not lora_rank:
     made_of['base weights'] = saved.get('made_of', {}).get('base weights', '')
@@ -220,6 +229,7 @@ if shard:
     register_fsdp_forward_method(model, 'logits')
 elif world_size > 1:
     net = torch.nn.parallel.DistributedDataParallel(model)
+# what the optimizer gets; under LoRA a few percent of all
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
        f'{sum(p.numel() for p in trained.values()):,} of them trained')
@@ -285,22 +295,22 @@ if updates_in_backward:
         first_param.register_post_accumulate_grad_hook(lambda p: update_parameters())
 
 
-def restore_optimizer(state_by_name):
-    """Give AdamW the moments of a checkpoint: whole tensors by parameter name, which become its own."""
-    name_of = {p: name for name, p in trained.items()}
-    state = {}
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
-        state[i] = state_by_name[name_of[p]]
-        for key in 'exp_avg', 'exp_avg_sq':
-            if shard:
-                from torch.distributed.tensor import distribute_tensor
-                state[i][key] = distribute_tensor(state[i][key].to(device), p.device_mesh, p.placements)
-    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+def restore_optimizer(moments):
+    """Give AdamW the moments of a checkpoint, {parameter's name: its state}, which become its own."""
+    for name, state in moments.items():
+        p = trained[name]
+        state = {key: value.to(device) for key, value in state.items()}
+        if shard:
+            # each process keeps its part of them, as it does of the weights
+            from torch.distributed.tensor import distribute_tensor
+            for key in 'exp_avg', 'exp_avg_sq':
+                state[key] = distribute_tensor(state[key], p.device_mesh, p.placements)
+        optimizer.state[p] = state
 
 
 # with the weights and the moments this is all that a resumed run needs: random numbers depend on the step
 progress = {'step': 0, 'examples_seen': 0, 'best_val_loss': math.inf, 'evals_since_best': 0,
-            'val_loss': math.nan, 'last_eval_step': -1}
+            'val_loss': None, 'last_eval_step': -1}
 if saved:
     restore_optimizer(saved.pop('optimizer')['state'])
     scaler.load_state_dict(saved['scaler'])
@@ -312,6 +322,7 @@ if saved:
 # -----------------------------------------------------------------------------
 # batches, evaluation, the learning rate
 
+# a step is one update of the weights; step s is the state after s of them
 first_step = progress['step']
 # the last step of an epoch may be of fewer examples
 total_steps = max_steps or epochs * math.ceil(n_examples / examples_per_step)
@@ -355,6 +366,7 @@ def estimate_loss(split):
     Nats per target of eval_iters batches, the same ones each time, shared among the processes; nan if a
     signal to stop comes meanwhile.
     """
+    # without dropout
     model.eval()
     its_meta = data[split].meta
     # a fixed choice of examples, so that evaluations can be compared
@@ -364,6 +376,7 @@ def estimate_loss(split):
     chunks = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
     while len(chunks) % world_size:
         chunks.append(numbers[:0])  # each process computes equally many
+    # a sum over targets, divided once at the end: the loss does not depend on batch_size
     loss = 0.0
     for chunk in chunks[rank::world_size]:
         if any(sum_over_processes(len(stop_signals))):
@@ -405,7 +418,8 @@ def show_answers():
 
 def save_checkpoint():
     """ckpt.pt: all that --init_from=resume needs. Under FSDP every process gathers; the first one writes."""
-    # whole tensors by parameter name, so that any number of processes can go on
+    # whole tensors by parameter name, so that any number of processes can go on. The frozen weights of LoRA
+    # are left out, since they are those of the base
     weights = {}
     moments = {}
     for name, p in (trained if lora_rank else dict(model.named_parameters())).items():
@@ -422,10 +436,12 @@ def save_checkpoint():
 
 def save_model():
     """<model>-sft.pth, a plain state dict with LoRA merged, and its .json; first LoRA's own matrices."""
-    about = {'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], 'config': config,
-             'made_of': made_of, **progress}
+    about = {
+        'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], 'config': config,
+        'made_of': made_of, 'step': progress['step'], 'val_loss': progress['val_loss']}
     if lora_rank:
         save_adapter(model, out / 'adapter.safetensors', about, write=rank == 0)
+    # written first, the adapter is safe should merging take too much memory
     state = merged_state_dict(model)
     if rank == 0:
         about['weights'] = fingerprint(state)
@@ -437,6 +453,7 @@ def log_record(**fields):
     """Append a line to log.jsonl and give it to the logger, in the first process only."""
     if rank > 0:
         return
+    # opened for each line, so that it is on the disk when the run is killed
     with open(out / 'log.jsonl', 'a', encoding='utf-8') as file:
         file.write(json.dumps(fields) + '\n')
     step = fields['step']
@@ -453,6 +470,7 @@ def draw_losses(path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        # a picture is no reason to fail at the end of a run
         return print0(f'{path} is not drawn: pip install matplotlib')
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
@@ -477,7 +495,9 @@ def set_aside(out):
     moving = out / 'replaced-unfinished'  # its name until it holds all: a kill in between does no harm
     if not moving.exists() and not any(path.name.endswith(('.jsonl', '.pt', '-sft.pth')) for path in found):
         return
-    number = 1 + len(list(out.glob('replaced-*[0-9]')))
+    number = 1
+    while (out / f'replaced-{number}').exists():
+        number += 1
     moving.mkdir(exist_ok=True)
     for path in found:
         path.rename(moving / path.name)
@@ -518,7 +538,9 @@ for signal_name in 'SIGINT', 'SIGTERM', 'SIGHUP':
         signal.signal(number, request_stop)
 
 # -----------------------------------------------------------------------------
-# the loop: evaluation at both ends, and total_steps updates between
+# training loop: evaluation at both ends, and total_steps updates between. Each turn first evaluates and saves
+# the state of its step, so that the last one, which updates nothing, does so too
+
 
 print0(f'{n_examples} examples, {examples_per_step} per step; from step {first_step} to {total_steps}')
 bar = tqdm(total=total_steps, initial=first_step, unit='step', disable=None if rank == 0 else True)
@@ -620,6 +642,7 @@ for step in range(first_step, total_steps + 1):
     if not math.isfinite(loss) or not (math.isfinite(norm) or scale_can_shrink):
         raise UserError(f'step {step + 1} has loss {loss} and gradient norm {norm}; the last checkpoint is '
                         'kept. Resume it with a lower learning_rate, or with grad_clip=1.0')
+    # from here on the step counts: what is saved next is the state behind it
     progress['step'] = step + 1
     progress['examples_seen'] += len(numbers)
     first_loss = first_loss or loss
@@ -651,13 +674,16 @@ if not eval_only:
         save_model()
     if rank == 0:
         draw_losses(out / 'loss.png')
-        about = json.loads((out / f'{name}.json').read_text(encoding='utf-8'))
+        about = read_json(out / f'{name}.json')
+        val_loss = about['val_loss']
         arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--init_from')]
         command = 'train.py --init_from=resume'
         if not was_stopped:
+            # config files serve all stages, most flags this one alone
             command = 'sample.py'
             arguments = [argument for argument in arguments
                          if not argument.startswith('--') or argument.startswith(('--out_dir', '--dataset'))]
-        print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}: {end}\n'
-              f'kept {out}/{name}.pth of step {about["step"]}, val loss {about["val_loss"]:.4f}\n'
-              f'next: python {" ".join([command, *arguments])}')
+        print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}: {end}')
+        print(f'kept {out}/{name}.pth of step {about["step"]}, '
+              f'val loss {"not measured" if val_loss is None else round(val_loss, 4)}')
+        print('next: python', command, *arguments)

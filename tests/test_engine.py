@@ -178,12 +178,12 @@ def test_broken_weights_raise_an_error_instead_of_an_answer(model, prompts, brok
             generate(other, prompts, NEW, **settings)
 
 
-@pytest.mark.parametrize('vocab_size', [50258, 50304])
-def test_ids_that_the_tokenizer_lacks_are_cut_at_loading(tmp_path, vocab_size):
-    """A model that says the first id beyond GPT-2's, as one with an added token does, and padded ones."""
+def test_ids_that_the_tokenizer_lacks_are_cut_at_loading(tmp_path):
+    """A model that says ids beyond GPT-2's: one of an added token, or of the padding up to a multiple of 64."""
+    vocab_size = 50304
     torch.manual_seed(0)
-    talker = GPT(GPTConfig(block_size=32, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=32))
-    talker.ln_f.bias.data = 5 * torch.randn(32).sign()
+    talker = GPT(GPTConfig(block_size=32, vocab_size=vocab_size, n_layer=1, n_head=1, n_embd=8))
+    talker.ln_f.bias.data = 5 * torch.randn(8).sign()
     talker.wte.weight.data[50257:] = talker.ln_f.bias.data / 5
     write_safetensors(tmp_path, talker)
     whole = GPT.from_pretrained(tmp_path)
@@ -191,7 +191,7 @@ def test_ids_that_the_tokenizer_lacks_are_cut_at_loading(tmp_path, vocab_size):
     cut = GPT.from_pretrained(tmp_path, vocab_size=50257)
     assert cut.config.vocab_size == 50257 and torch.equal(cut.wte.weight, whole.wte.weight[:50257])
     for settings in GREEDY, SAMPLED, {'temperature': 50.0}:
-        answers = generate(cut, [[1, 2, 3], [4, 5]], 20, eos=-1, **settings)
+        answers = generate(cut, [[1, 2, 3], [4, 5]], 8, eos=-1, **settings)
         assert max(max(ids) for ids in answers) < 50257
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(cut(ids), whole(ids)[:, :, :50257])
@@ -230,8 +230,8 @@ def run_to_the_end(model, prompts, **kwargs):
     return [sequence.new_ids for sequence in sequences], running.sizes
 
 
-@pytest.mark.parametrize('seed', range(3))
-@pytest.mark.parametrize('step_size', [7, 16, 1024])
+@pytest.mark.parametrize('seed', range(2))
+@pytest.mark.parametrize('step_size', [7, 1024])
 def test_sequences_that_join_and_leave_at_any_time_get_the_ids_of_the_definition(model, prompts, defined, seed, step_size):
     """
     Thirty sequences of different settings, with the prefix and without, in random order: they join at random times, some are taken

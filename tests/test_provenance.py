@@ -95,7 +95,6 @@ def test_the_rows_of_another_source_are_not_replaced_unasked(command, folder):
     assert content(folder) == before
 
 
-@pytest.mark.xfail(strict=True, reason='what lies beside a model that init_from or adapter names is not read')
 @pytest.mark.parametrize('flags', [['--init_from=run'], ['--init_from=base', '--adapter=lora/adapter.safetensors']])
 def test_the_rows_are_no_test_of_a_tuned_model_that_is_named_either(command, folder, flags):
     if 'base' in flags[0]:
