@@ -1,4 +1,4 @@
-# make demo: from a fresh clone to scores · make try: type to its model · make test · make interop · make bench · make gpu · make clean
+# make demo: from a fresh clone to scores · make try: type to its model · make test · make interop · make versions · make bench · make gpu · make clean
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
@@ -43,7 +43,11 @@ test: $(VENV)/test data/demo.json
 	$(RUN) -m pytest -q -n auto --dist worksteal
 
 interop: $(VENV)/interop data/demo.json
-	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py tests/test_clients.py tests/test_train.py tests/test_versions.py
+	INTEROP=1 $(RUN) -m pytest -q -n auto tests/test_export.py tests/test_clients.py tests/test_train.py
+
+# several GB, and most of an hour
+versions: $(VENV)/test data/demo.json
+	VERSIONS=1 $(RUN) -m pytest -q -s tests/test_versions.py
 
 bench: $(VENV)/test data/demo.json
 	$(RUN) tests/bench.py
@@ -55,4 +59,4 @@ clean:
 	rm -rf out data/*/ data/demo*.json data/demo_start.pth .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
-.PHONY: demo try test interop bench gpu clean
+.PHONY: demo try test interop versions bench gpu clean
