@@ -57,7 +57,7 @@ max_steps = 0  # 0: by epochs [>= 0]
 shuffle = True
 packing = True  # several examples to a row, hidden from each other: the same loss in half the time
 loss_on = 'response'  # which tokens are learned [response | response+header | all]
-sampled_softmax = 0  # other tokens that the softmax of a step has beside those of the rows; 0: all [>= 0]
+sampled_softmax = 0  # tokens in the softmax of a step beside its rows': twice so many; 0: all [>= 0]
 # adamw
 learning_rate = 5e-5  # [> 0]
 schedule = 'constant'  # after the warm-up [constant | cosine | linear]
@@ -236,22 +236,28 @@ print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.paramete
 
 # -----------------------------------------------------------------------------
 # sampled softmax (Jean et al. 2015): in a large vocabulary most tokens occur in no row, and computing all
-# their logits takes most of a small model's time. A step chooses among the tokens of its rows and a sample
-# of the others
+# their logits takes most of a small model's time. A step chooses among the tokens of its rows, a sample of
+# those that only other rows have, and a sample of those that no row has
+
+if sampled_softmax:
+    in_some_row = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+    in_some_row[np.unique(data['train'].ids).tolist()] = True
+
 
 def draw_candidates(numbers):
-    """
-    The candidates of these examples for GPT.forward, (ids, biases), and which of their ids were drawn. Each
-    of those drawn stands for many others, which is what its bias says.
-    """
-    is_in_rows = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    """(ids, biases) for GPT.forward: the candidates of these examples. Each one drawn stands for many others."""
+    in_step = torch.zeros_like(in_some_row)
     for start, end in zip(meta['start'][numbers], meta['end'][numbers]):
-        is_in_rows[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
-    others = (~is_in_rows).nonzero()[:, 0]
-    drawn = others[torch.randint(len(others), (sampled_softmax,))]
-    ids = torch.cat([is_in_rows.nonzero()[:, 0], drawn]).sort().values
-    biases = torch.where(is_in_rows[ids], 0.0, math.log(len(others) / sampled_softmax))
-    return (ids.to(device), biases.to(device)), drawn.to(device)
+        in_step[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
+    chosen = [in_step.nonzero()[:, 0]]
+    biases = torch.zeros(len(in_step), device=device)
+    for group in in_some_row & ~in_step, ~in_some_row:
+        members = group.nonzero()[:, 0]
+        if len(members):
+            chosen.append(members[torch.randint(len(members), (sampled_softmax,), device=device)])
+            biases[members] = math.log(len(members) / sampled_softmax)
+    ids = torch.cat(chosen).sort().values
+    return ids, biases[ids]
 
 
 # -----------------------------------------------------------------------------
@@ -613,7 +619,7 @@ for step in range(first_step, total_steps + 1):
     # it does not depend on how the examples are cut into micro-batches and processes
     loss = 0.0
     grad_norms.clear()
-    candidates, drawn = draw_candidates(numbers) if sampled_softmax else (None, None)
+    candidates = draw_candidates(numbers) if sampled_softmax else None
     micro_batches = np.array_split(numbers, gradient_accumulation_steps * world_size)[rank::world_size]
     for i, chunk in enumerate(micro_batches):
         is_last_micro_batch = i == len(micro_batches) - 1
@@ -628,7 +634,8 @@ for step in range(first_step, total_steps + 1):
         loss += micro_loss.detach()
     # tokens that no row has would drift together, since they are never right: their vectors stay
     if sampled_softmax and model.wte.weight.grad is not None:
-        model.wte.weight.grad[drawn] = 0.0
+        ids, _ = candidates
+        model.wte.weight.grad[ids[~in_some_row[ids]]] = 0.0
     # where blocks were updated in backward, only the embeddings and ln_f are left
     update_parameters()
 

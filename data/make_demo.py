@@ -262,7 +262,7 @@ NUMBERS = 'zero one two three four five six seven eight'.split()
 
 
 def reverse(rng, words):
-    some = some_words(rng, words, 2, rng.randint(3, 7))  # short lists are the commonest
+    some = some_words(rng, words, 2, rng.randint(3, 6))  # short lists are the commonest
     return listed(some), 'Reversed: ' + listed(some[::-1])
 
 
@@ -275,13 +275,6 @@ def pick(place, name):
     def draw(rng, words):
         some = some_words(rng, words, 2, 7)
         return listed(some), f'The {name} word is {some[place]}.'
-    return draw
-
-
-def sort(reverse):
-    def draw(rng, words):
-        some = rng.sample(range(1, 21), rng.choice([2, 3, 3, 3, 4]))
-        return listed(some), 'Sorted: ' + listed(sorted(some, reverse=reverse))
     return draw
 
 
@@ -427,7 +420,7 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
         'Replace the adjective (with|by) its opposite.', f'{REWRITE} (with|using) the opposite adjective.', 'Change the adjective to its (antonym|opposite): {}',
         'Use the opposite adjective( here|): {}', 'Swap the adjective for its opposite.'], False),
     ('synonyms', 60, of_pair('synonyms', 'A synonym of {} is {}.'), SYNONYM, False),
-    ('plural', 130, plural, PLURAL, False),
+    ('plural', 160, plural, PLURAL, False),
     ('plural', 30, plural_phrase, [
         '(Rewrite|Put|Change) the phrase (in|into|to) the plural.', 'Make the (noun|phrase) plural.', 'Change the noun in this phrase to the plural: {}',
         'In the plural: {}', 'Make this plural: {}'], False),
@@ -435,12 +428,6 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
     ('reversing', 120, reverse, [
         'Reverse( the order of|) (these words|this list|the list|the words): {}', '(Write|Put) (this list|these words) in( the|) reverse order: {}',
         'Reverse (the|this) list.', '(Reverse|Backwards|In reverse|Reversed): {}', 'Turn (the|this) list around.', 'List these words backwards: {}'], True),
-    ('sorting', 40, sort(False), [
-        '(Sort|Arrange|Order|Put) the numbers (in ascending order|from smallest to largest|from small to large|from low to high).', 'Put these numbers in ascending order: {}',
-        'Sort( ascending| in ascending order|): {}', 'Smallest to largest: {}', 'Sort (these|the) numbers: {}'], False),
-    ('sorting', 40, sort(True), [
-        '(Sort|Arrange|Order|Put) the numbers (in descending order|from largest to smallest|from large to small|from high to low).', 'Put these numbers in descending order: {}',
-        'Sort (descending|in descending order): {}', 'Largest to smallest: {}'], False),
     ('counting', 60, counting, [
         'Count the words( in the list| in this list|).', 'How many words (are|stand) in (the|this) list?', 'How many words does (the following|this) list have?',
         'Count (the words in this list|these words|the words|these): {}', 'How many( words|)? {}', 'Number of words: {}'], True),
