@@ -245,7 +245,7 @@ if sampled_softmax:
 
 
 def draw_candidates(numbers):
-    """(ids, biases) for GPT.forward: the candidates of these examples. Each one drawn stands for many others."""
+    """The candidates of these examples for GPT.forward: (ids, biases). One drawn stands for many others."""
     in_step = torch.zeros_like(in_some_row)
     for start, end in zip(meta['start'][numbers], meta['end'][numbers]):
         in_step[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
