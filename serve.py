@@ -11,7 +11,7 @@ mask personal data and rude words, in prompts and in answers.
 Sections: filters, the engine's thread, a request, OpenAI's dialect, Ollama's dialect, the page, start.
 """
 import asyncio
-import codecs
+import contextlib
 import json
 import os
 import re
@@ -20,8 +20,6 @@ import signal
 import socket
 import time
 import traceback
-import weakref
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,7 +48,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
-from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from stdnum import iban, luhn
@@ -88,7 +86,7 @@ dtype = 'auto'  # auto: the GPU's best on cuda, else float32 [auto | float32 | b
 config = configure(globals())
 
 PREFILL_SIZE = 256  # ids of prompts in a step, beside those of the answers that are under way
-READ_SECONDS = 20  # in which a request's head must come, and its body
+READ_SECONDS = min(20, request_timeout)  # in which a request's head must come, and its body
 IDLE_SECONDS = 5  # without work, after which the caches are given back
 LOOPBACK = '127.0.0.1', 'localhost', '[::1]'
 
@@ -96,89 +94,83 @@ LOOPBACK = '127.0.0.1', 'localhost', '[::1]'
 # filters: each finds by evidence, check digits, lengths or a word that stands near, not by looks alone
 
 SPACE = '[ \u00a0\u202f]'  # two of them do not break a line
-EMAIL = re.compile(r'''[^\s@"'()<>,;:\[\]]{1,64}(?:@|[\[(]at[\])])[^\s@"'()<>,;:/\[\]]{1,63}'''
+EMAIL = re.compile(r"""[^\s@"'()<>,;:\[\]]{1,64}(?:@|[\[(]at[\])])[^\s@"'()<>,;:/\[\]]{1,63}"""
                    r'(?:\.|[\[(]dot[\])])[^\W\d_]{2,24}\b')
-IBAN = re.compile(rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|-)?[A-Za-z0-9]){{11,30}}')
-CARD = re.compile(rf'(?<!\w)(?<![0-9][.,])[0-9]{{4}}(?:(?:{SPACE}|[.-])?[0-9]){{9,18}}')
+IBAN = re.compile(
+    rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|-)?[A-Za-z0-9]){{11,30}}(?![A-Za-z0-9])')
+# groups of at least four digits, but for the last one
+CARD = re.compile(rf'(?<!\w)(?<![0-9][.,])[0-9]{{4,19}}(?:(?:{SPACE}|[.-])[0-9]{{4,19}}){{0,4}}'
+                  rf'(?:(?:{SPACE}|[.-])[0-9]{{1,3}})?(?![A-Za-z0-9])')
 BRAND = re.compile('4.{12}|4.{15}|3[47].{13}|3[0689].{12}|(?:2[2-7]|35|5.|6.).{14}')  # without rare lengths
 # numbers that a clear form tells: +49 30 1234567, (555) 123-4567, 020 7946 0123, 555-123-4567
-PHONE = re.compile(rf'''(?<![\w.(+/-])(?:
-    (?:\+|(?<![0-9]\ )00)[1-9](?:(?:{SPACE}|[./-]){{0,2}}\(?[0-9]\)?){{7,14}}
+PHONE = re.compile(rf"""(?<![\w.(+/-])(?:
+    (?:\+|(?<![0-9]\ )00(?=[^A-Za-z]{{10}}))[1-9](?:(?:{SPACE}|[./-]){{0,2}}\(?[0-9]\)?){{7,14}}
     | \([2-9][0-9]{{2}}\){SPACE}?[0-9]{{3}}[ .-]?[0-9]{{4}}
     | \(0[0-9]{{1,5}}\)[ ./-]?[0-9]{{2,8}}(?:[ .-][0-9]{{2,8}}){{0,3}}
     | (?<![0-9]\ )0[1-9][0-9]{{0,4}}(?:(?:{SPACE}|[./-])[0-9]{{2,8}}){{1,4}}(?!\ [0-9]{{1,2}}\b)
     | (?:1[ .-])?[2-9][0-9]{{2}}([.-])[0-9]{{3}}\1[0-9]{{4}}
-    )(?![\w]|[./-][0-9])''', re.VERBOSE)
+    )(?![\w]|[./-][0-9])""", re.VERBOSE)
 # numbers that only a word before them tells from any other
 BARE_PHONE = re.compile(rf'(?<![\w.(+/-])\(?[0-9](?:(?:{SPACE}|[./-])?[()]?[0-9]){{6,13}}(?![\w]|[./-][0-9])')
 PHONE_WORD = re.compile(
     r'(?:\b(?:call|dial|ring|phone|telephone|tel|mobile|landline|fax|sms|whatsapp|hotline|helpline|voicemail'
     r'|(?:text|reach) (?:me|us|him|her)|my (?:number|cell)|pick up|telefon|handy|rufnummer|ruf|anruf'
     r'|téléphone|mon portable|appel|joindre|teléfono|móvil|llam|llám)\w*|☎)[^!?\n]{0,30}$', re.IGNORECASE)
-NO_PHONE = re.compile('|'.join([
-    r'(?<![0-9.])[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{4}|[0-9]{2})(?!\1?[0-9])',  # 17.05.2024, 5/17/24
-    r'[0-9]{4}([./-])[0-9]{2}\2[0-9]{2}',  # 2024-05-17
-    r'[0-9]{1,2}\.[0-9]{2}-[0-9]{1,2}\.[0-9]{2}',  # 08.30-17.00
-    r'\b(?:19|20)[0-9]{2}[/-](?:19|20)[0-9]{2}\b',  # 1990-2000
-    r'\b[1-9][0-9]*0-[1-9][0-9]*00\b']))  # 500-1000
-THOUSANDS = re.compile(r'\+?[0-9]{1,3}(?:[ .\u00a0\u202f][0-9]{3})+')
+NO_PHONE = re.compile(
+    r'(?<![0-9.])[0-9]{1,2}([./-])[0-9]{1,2}\1(?:[0-9]{4}|[0-9]{2})(?!\1?[0-9])'  # 17.05.2024, 5/17/24
+    r'|[0-9]{4}([./-])[0-9]{2}\2[0-9]{2}'  # 2024-05-17
+    r'|[0-9]{1,2}\.[0-9]{2}-[0-9]{1,2}\.[0-9]{2}'  # 08.30-17.00
+    r'|\b(?:19|20)[0-9]{2}[/-](?:19|20)[0-9]{2}\b'  # 1990-2000
+    r'|\b[1-9][0-9]*0-[1-9][0-9]*00\b')  # 500-1000
+UNCLEAR = re.compile(r'\+.*|[0-9]+|[0-9]{1,3}(?:[ .\u00a0\u202f][0-9]{3})+')  # may be amounts, +1 000 000
 WORD = re.compile(r'(?<!\w)\w(?:[\w@$!]{0,40}\w)?')
 LEET = str.maketrans('01345@$!', 'oieasasi')
-MEASURE = re.compile('[0-9]+[a-z]{1,2}')  # 45s is a time
 RUDE = set((Path(__file__).parent / 'data/rude_words.txt').read_text(encoding='utf-8').splitlines())
 
 
-def cuts(match):
-    """The sizes at which what was found may end: behind each letter or digit that no further one follows."""
-    text = match.string[match.start():match.end() + 1]
-    sizes = [end.end() for end in re.finditer('[A-Za-z0-9](?![A-Za-z0-9])', text)]
-    return [size for size in sizes if size <= len(match[0])]
+def whole_size(match):
+    return len(match[0])
+
+
+def ends_of_groups(match):
+    """Where what was found may end, since words, a date or a CVV may follow it: behind each group."""
+    return [group.end() for group in re.finditer('[A-Za-z0-9]+', match[0])]
 
 
 def iban_size(match):
-    """How many characters of a match are an IBAN: words may follow it. 0: none."""
-    for size in cuts(match):
-        number = re.sub('[^A-Za-z0-9]', '', match[0][:size]).upper()
-        if len(number) >= 15 and iban.is_valid(number, check_country=False):
+    """How many characters of a match are an IBAN, by its country's length and its check digits. 0: none."""
+    for size in ends_of_groups(match):
+        if iban.is_valid(match[0][:size], check_country=False):
             return size
     return 0
 
 
 def card_size(match):
-    """How many characters of a match are a card's number: a date or a CVV may follow it."""
-    for size in cuts(match):
-        groups = re.findall('[0-9]+', match[0][:size])
-        digits = ''.join(groups)
-        is_grouped = min([4] + [len(group) for group in groups[:-1]]) >= 4
-        if is_grouped and BRAND.fullmatch(digits) and luhn.is_valid(digits):
+    """How many characters of a match are a card's number."""
+    for size in ends_of_groups(match):
+        digits = re.sub('[^0-9]', '', match[0][:size])
+        if BRAND.fullmatch(digits) and luhn.is_valid(digits):
             return size
     return 0
 
 
 def phone_size(match):
-    n_digits = sum(map(str.isdigit, match[0]))
-    fewest = 7
+    fewest = 9 if UNCLEAR.fullmatch(match[0]) else 7
     if match[0].startswith('0'):
-        fewest = 12 if match[0].startswith('00') else 10
-    elif match[0].startswith('+') or match[0].isdigit() or THOUSANDS.fullmatch(match[0]):
-        fewest = 9
-    is_phone = fewest <= n_digits <= 15 and not NO_PHONE.search(match[0])
-    return len(match[0]) if is_phone else 0
+        fewest = 10
+    n_digits = len(re.sub('[^0-9]', '', match[0]))
+    return len(match[0]) if fewest <= n_digits <= 15 and not NO_PHONE.search(match[0]) else 0
 
 
 def bare_phone_size(match):
-    is_told = PHONE_WORD.search(match.string[max(0, match.start() - 60):match.start()])
+    is_told = PHONE_WORD.search(match.string, max(0, match.start() - 60), match.start())
     return phone_size(match) if is_told else 0
 
 
 def rude_size(match):
     word = match[0].lower()
-    is_number = word.isdigit() or MEASURE.fullmatch(word)
+    is_number = re.fullmatch('[0-9]+[a-z]{0,2}', word)  # 45s is a time
     return len(word) if not is_number and word.translate(LEET) in RUDE else 0
-
-
-def whole_size(match):
-    return len(match[0])
 
 
 FINDERS = {  # filter: (kind, pattern, how many characters of a match are of this kind)
@@ -192,16 +184,15 @@ chain = [name.strip() for name in filters.split(',') if name.strip()]
 
 def replace(kind, pattern, size_of, text):
     """The text with [kind] in place of what is found; the search goes on within a match that is none."""
-    parts = []
-    end = 0
     match = pattern.search(text)
     while match:
+        end = match.start()
         size = size_of(match)
         if size:
-            parts += [text[end:match.start()], f'[{kind}]']
-            end = match.start() + size
-        match = pattern.search(text, max(end, match.start() + 1))
-    return ''.join(parts) + text[end:]
+            text = f'{text[:end]}[{kind}]{text[end + size:]}'
+            end += len(kind)
+        match = pattern.search(text, end + 1)
+    return text
 
 
 def mask(text, found=None):
@@ -215,8 +206,11 @@ def mask(text, found=None):
     return text
 
 
-NUMBERS = '0123456789()+./- \u00a0\u202f'  # what a number may hold
-IBAN_BEGUN = re.compile(rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|-)?[A-Za-z0-9]){{0,29}}$')
+# what may still become a match at the end of a text: the last word; if it begins like a number, also what of
+# one may stand before it (read backwards). And an IBAN, which may hold words
+LAST = re.compile(r'\s*(?:\S*[0-9()+./-](?=\s|$)[0-9()+./\u00a0\u202f -]*)?\S*')
+IBAN_BEGUN = re.compile(
+    rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|-)?[A-Za-z0-9]){{0,29}}{SPACE}?$')
 
 
 def final_size(text):
@@ -225,35 +219,18 @@ def final_size(text):
         return 0  # patterns may need all of it; and a header is no part of an answer
     if not chain:
         return len(text.rstrip('\ufffd'))  # a character may be of several tokens
-    # the white space before the last word, which is unfinished; not within a number or an IBAN
-    last = last_space(text.rstrip())
-    if text[last + 1:last + 2] in NUMBERS:
-        last = last_space(text[:len(text[:last].rstrip(NUMBERS)) + 1])
-    begun = IBAN_BEGUN.search(text[:last], max(0, last - 70))
-    return last_space(text[:begun.start()]) if begun else last
-
-
-def last_space(text):
-    """Where the last white space of a text is; 0: there is none."""
-    return max(re.match(r'(?s:.*)\s|', text).end() - 1, 0)
+    # for example the last five words of 'or pay with 4111 1111' are not final: more digits may come
+    size = len(text) - LAST.match(text[::-1]).end()
+    begun = IBAN_BEGUN.search(text[:size], max(0, size - 70))
+    return begun.start() if begun else size
 
 
 # -----------------------------------------------------------------------------
 # the engine's thread: answers, and the steps that compute them
 
 served = {}  # name: Served
-answers_of_all = weakref.WeakSet()  # as long as a request or an engine holds them
-changed = asyncio.Event()  # set when there is something to compute
 # all of torch runs in this thread: with a second pool of OpenMP threads each step would take a third longer
 thread = ThreadPoolExecutor(1)
-
-Gauge('active_rows', 'answers that are being computed').set_function(lambda: sum(
-    len(model.engine.scheduler.running) for model in served.values()))
-Gauge('waiting_rows', 'answers that wait for room').set_function(lambda: n_waiting())
-Gauge('cache_bytes', 'keys and values').set_function(lambda: sum(
-    layer.nbytes for model in served.values() for layer in model.engine.cache.layers))
-new_tokens = Counter('new_tokens', 'generated')
-first_token_seconds = Histogram('first_token_seconds', 'from a request to the first token of an answer')
 
 
 class Served(NamedTuple):
@@ -262,8 +239,19 @@ class Served(NamedTuple):
     examples: list  # rows that the page offers
 
 
-def n_waiting():
-    return sum(len(model.engine.arrived) + len(model.engine.scheduler.waiting) for model in served.values())
+def over_engines(count):
+    """A function that adds up what count(engine) gives for each of them."""
+    return lambda: sum(count(model.engine) for model in served.values())
+
+
+n_waiting = over_engines(lambda engine: len(engine.scheduler.waiting))
+Gauge('waiting_rows', 'answers that wait for room').set_function(n_waiting)
+Gauge('active_rows', 'answers that are being computed').set_function(
+    over_engines(lambda engine: len(engine.scheduler.running)))
+Gauge('cache_bytes', 'keys and values').set_function(
+    over_engines(lambda engine: sum(layer.nbytes for layer in engine.cache.layers)))
+new_tokens = Counter('new_tokens', 'generated')
+first_token_seconds = Histogram('first_token_seconds', 'from a request to the first token of an answer')
 
 
 class Answer(Sequence):
@@ -272,88 +260,91 @@ class Answer(Sequence):
     others, which on_token sets between two steps.
     """
 
-    def __init__(self, config, asked, prompt, number, changed):
+    def __init__(self, config, asked, prompt, is_raw, index, changed):
+        # the n answers to a prompt differ by their seeds
         limit = max_new_tokens if asked.max_tokens < 0 else min(asked.max_tokens, max_new_tokens)
-        seed = asked.seed + number
-        super().__init__(config, prompt.ids, max(limit, 1), asked.temperature, asked.top_k, seed)
-        self.is_raw = prompt.is_raw
+        seed = asked.seed + index % asked.n
+        super().__init__(config, prompt, max(limit, 1), asked.temperature, asked.top_k, seed)
+        self.index = index  # among the answers of its request
+        # the engine computes an id in any case; with max_tokens=0 the prompt alone is asked for
+        self.wants_none = limit == 0
+        self.is_raw = is_raw  # the prompt is continued as it is; else it was put into the template
         self.stop = asked.stop
         self.n_top = asked.n_top
-        self.echo = prompt.text if asked.echo and prompt.is_raw else ''
-        self.scores_prompt = bool(self.echo) and asked.n_top >= 0
-        self.wants_none = limit == 0  # no new ids: the prompt alone
-        self.prompt_tokens = [token_record(prompt.ids[0], None)]  # the prompt's records, if it is scored
-        self.changed = changed
+        self.echo = detokenize(prompt) if asked.echo and is_raw else ''
+        # the records of the prompt's tokens, if it is scored. Nothing tells how likely the first one is
+        self.prompt_tokens = [token_record(prompt[0], None) | {'top_logprobs': []}]
+        self.changed = changed  # an event
         self.began = time.monotonic()
         self.first_token = 0.0
-        self.text = ''
-        self.tokens = []  # (length of the text with it, its record) of each new id
+        self.text = self.echo
+        self.tokens = []  # (length of the text with it, its record)
         self.n_new = 0
-        self.taken = ''  # the text that was sent, and of how many tokens
-        self.n_taken = 0
-        self.has_begun = False  # to be sent
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # tells where a token's text begins
-        self.offset = 0
+        self.sent = ''  # the text that was sent, masked, and of how many tokens
+        self.n_sent = 0
+        self.bytes_sent = b''  # of the tokens that were told
         self.ended = ''  # why: stop, length, error or cancelled
         self.error = ''
 
-    def fail(self, error):
-        if not self.ended:
-            self.error = str(error).partition('\n')[0] or type(error).__name__
-            self.ended = 'error'
-            self.changed.set()
+    @property
+    def scores_prompt(self):
+        """Whether log-probabilities of the prompt are still missing."""
+        return bool(self.echo) and self.n_top >= 0 and len(self.prompt_tokens) < self.n_prompt
 
     def on_token(self, record):
-        """Take over the id of a step, and its record. A stop sequence ends the answer before it."""
+        """Take over the id of a step and its record, or the exception that the answer ended with."""
         if self.ended:  # while the step was computed
             return
+        self.changed.set()
+        if isinstance(record, Exception):
+            self.error = str(record).partition('\n')[0] or type(record).__name__
+            self.ended = 'error'
+            return
+        # with the first new id the whole prompt has been read
         new_tokens.inc()
         if not self.first_token:
             self.first_token = time.monotonic()
             first_token_seconds.observe(self.first_token - self.began)
-        self.ended = 'length' if self.wants_none else self.finish_reason
-        if not self.wants_none:
-            self.read_text(record)
-        if time.monotonic() - self.began > request_timeout:
-            self.ended = self.ended or 'length'
-        self.changed.set()
-
-    def read_text(self, record):
+            if self.echo:
+                self.tokens = [(len(self.echo), earlier) for earlier in self.prompt_tokens]
+        if self.wants_none:
+            self.ended = 'length'
+            return
+        # all new ids are decoded again, since a character may be of several tokens
+        self.ended = self.finish_reason
         new_ids = self.new_ids
         self.n_new = len(new_ids)
-        self.text = detokenize(new_ids) if self.is_raw else response_text(new_ids)
+        self.text = self.echo + (detokenize(new_ids) if self.is_raw else response_text(new_ids))
         # a header that the model repeats is dropped once it is whole, and the text gets shorter
         self.tokens = [(min(end, len(self.text)), earlier) for end, earlier in self.tokens]
-        if record and (self.is_raw or self.finish_reason != 'stop'):
+        if self.is_raw or self.finish_reason != 'stop':
             self.tokens.append((len(self.text), record))
-        places = [self.text.index(stop) for stop in self.stop if stop in self.text]
-        if places:
-            self.text = self.text[:min(places)]
+        # a stop sequence ends the answer before it
+        places = [self.text.find(stop, len(self.echo)) for stop in self.stop]
+        found = [place for place in places if place >= 0]
+        if found:
+            self.text = self.text[:min(found)]
             self.ended = 'stop'
 
     def take(self):
-        """The Piece that is final since the last call, or None; its tokens are None where a filter masked."""
-        if not self.first_token and not self.ended:
-            return None
+        """The Piece that is final since the last call; its tokens are None where a filter masked."""
         size = len(self.text)
         if not self.ended:
+            # the end of the text may be the beginning of a stop sequence
             before_stop = size + 1 - max([len(stop) for stop in self.stop], default=1)
             size = final_size(self.text[:max(before_stop, 0)])
+        # the text from its beginning is masked, since what stands before a number tells what it is
         masked = mask(self.text[:size])
-        text = masked[len(self.taken):]
-        tokens = [record for end, record in self.tokens if end <= size][self.n_taken:]
-        self.taken = masked
-        if not self.has_begun:
-            text = self.echo + text
-        if not text and not self.ended:
+        text = masked[len(self.sent):]
+        if not self.ended and not (text and self.first_token):
             return None
-        self.n_taken += len(tokens)
-        if self.echo and not self.has_begun:
-            tokens = self.prompt_tokens + tokens
+        is_first = not self.sent
+        self.sent = masked
+        tokens = [record for end, record in self.tokens if end <= size][self.n_sent:]
+        self.n_sent += len(tokens)
+        # tokens would show what is masked
         is_shown = self.n_top >= 0 and masked == self.text[:size]
-        piece = Piece(self, text, tokens if is_shown else None, not self.has_begun, False)
-        self.has_begun = True
-        return piece
+        return Piece(self, text, tokens if is_shown else None, is_first, False)
 
 
 class Piece(NamedTuple):
@@ -365,137 +356,102 @@ class Piece(NamedTuple):
 
 
 def token_record(id, logprob):
-    """An id and its log-probability as OpenAI's chats write them."""
+    """An id and its log-probability as OpenAI's dialect writes them; of a part of a character the bytes."""
     data = get_tokenizer().decode_single_token_bytes(id)
-    logprob = logprob if logprob is None else max(logprob, -9999)
-    return {'token': token_text(data), 'logprob': logprob, 'bytes': list(data), 'top_logprobs': []}
-
-
-def token_text(data, prefix=''):
-    """The text of a token; of a part of a character its bytes."""
     try:
-        return data.decode()
+        text = data.decode()
     except UnicodeDecodeError:
-        return prefix + ''.join(f'\\x{byte:02x}' for byte in data)
+        text = 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
+    return {'token': text, 'logprob': logprob, 'bytes': list(data)}
 
 
 def score(ids, logits, n_top):
     """Records of ids by their logits (n, vocab), each with the n_top likeliest that no filter masks."""
-    logprobs = logits.float().log_softmax(dim=1)
+    logprobs = logits.float().log_softmax(dim=1).clamp(min=-9999)  # JSON has no infinity
     likeliest = logprobs.topk(n_top)
     records = []
     for i, id in enumerate(ids):
-        record = token_record(id, logprobs[i, id].item())
-        for other, logprob in zip(likeliest.indices[i].tolist(), likeliest.values[i].tolist()):
-            alternative = token_record(other, logprob)
-            del alternative['top_logprobs']
-            if mask(alternative['token']) == alternative['token']:
-                record['top_logprobs'].append(alternative)
-        records.append(record)
+        tops = map(token_record, likeliest.indices[i].tolist(), likeliest.values[i].tolist())
+        shown = [top for top in tops if mask(top['token']) == top['token']]
+        records.append(token_record(id, logprobs[i, id].item()) | {'top_logprobs': shown})
     return records
 
 
 class ServingEngine(Engine):
     """
-    An Engine whose failures end the answers at fault alone, and which records the log-probabilities of
-    prompts. Requests only append to arrived; all else happens in the engine's thread.
+    An Engine that survives a step that fails, and records the log-probabilities of tokens. Requests append to
+    the waiting sequences; all else happens in the engine's thread.
     """
 
     def __init__(self, model, cache_bytes):
+        # the template's words before the instruction are computed once, here
         model.h[-1].register_forward_hook(self.keep_hidden)
         prefix = prefix_ids()[:model.config.block_size - 1]
         super().__init__(model, prefix, cache_bytes, max_active, max_active + PREFILL_SIZE)
         self.prefix_hidden = self.hidden
-        self.arrived = deque()
+        self.changed = asyncio.Event()  # set when there is something to compute
 
     def keep_hidden(self, block, inputs, output):
         self.hidden = output[0]  # (N, C), what the last block returned for the positions of a step
 
-    def has_work(self):
-        return bool(self.arrived) or super().has_work()
-
     def compute(self, batch):
-        starts = [answer.n_cached for answer, _ in batch]
         logits = super().compute(batch)
-        end = 0
-        for (answer, n_ids), start in zip(batch, starts):
-            end += n_ids
+        sizes = [n_ids for _, n_ids in batch]
+        for (answer, n_ids), hidden in zip(batch, self.hidden.split(sizes)):
             if answer.scores_prompt:
-                self.score_prompt(answer, start, self.hidden[end - n_ids:end])
+                self.score_prompt(answer, answer.n_cached - n_ids, hidden)
         return logits
 
     def score_prompt(self, answer, start, hidden):
         """Record the log-probabilities of a piece of a prompt: each position tells those of the next id."""
-        if start == len(self.scheduler.prefix) and len(answer.prompt_tokens) == 1:
+        n_scored = len(answer.prompt_tokens)
+        if start >= n_scored:
             hidden = torch.cat([self.prefix_hidden, hidden])  # the engine did not compute the prefix again
-            start = 0
-        ids = answer.ids[start + 1:min(start + len(hidden) + 1, answer.n_prompt)]
-        if ids:
-            answer.prompt_tokens += score(ids, self.model.logits(hidden[:len(ids)]), answer.n_top)
-        answer.scores_prompt = len(answer.prompt_tokens) < answer.n_prompt
-
-    def step_safely(self):
-        """
-        Let the arrived in and the ended out, and compute a step: [(answer, the record of its new id)]. The
-        record is None where nobody asked for it, an exception where the answer failed.
-        """
-        while self.arrived:
-            self.add(self.arrived.popleft())
-        for answer in [*self.scheduler.running, *self.scheduler.waiting]:
-            if answer.ended:
-                self.remove(answer)
-        try:
-            answers, logits = self.step()
-        except Exception:
-            traceback.print_exc()
-            return self.step_one_by_one()
-        return self.record(answers, logits)
+        ids = answer.ids[n_scored:min(answer.n_cached + 1, answer.n_prompt)]
+        answer.prompt_tokens += score(ids, self.model.logits(hidden[:len(ids)]), answer.n_top)
 
     @torch.no_grad()
-    def record(self, answers, logits):
-        found = []
-        for i, answer in enumerate(answers):
-            records = [None]
-            if answer.n_top >= 0:
-                records = score(answer.ids[-1:], logits[i:i + 1], answer.n_top)
-            found.append((answer, records[0]))
-        return found
+    def step_safely(self):
+        """A step without those that ended: [(answer, the record of its new id, or why it failed)]."""
+        try:
+            for answer in [*self.scheduler.running, *self.scheduler.waiting.copy()]:
+                if answer.ended:
+                    self.remove(answer)
+            # log-probabilities take a while over all the vocabulary: only where they are asked for
+            answers, logits = self.step()
+            found = []
+            for i, answer in enumerate(answers):
+                record = None
+                if answer.n_top >= 0:
+                    record = score(answer.ids[-1:], logits[i:i + 1], answer.n_top)[0]
+                found.append((answer, record))
+            return found
+        except Exception as error:
+            traceback.print_exc()
+            return self.start_again(error)
 
-    def step_one_by_one(self):
+    def start_again(self, error):
         """
-        After a step that failed: let each answer that ran compute an id alone; those that cannot have failed.
-        The others begin again with all their ids, which takes a moment and changes nothing.
+        After a step that failed half as many answers run at once; all ids are computed anew, which changes
+        nothing. The newest go first, since they may be the cause. One that ran alone is: then all run again.
         """
+        # keys and values are forgotten, since a step that failed has written a part of them
         running = self.scheduler.running[:]
-        waiting = list(self.scheduler.waiting)
-        found = []
-        failed = []
-        for answer in running:
-            self.clear()
-            self.add(answer)
-            if answer.scores_prompt:
-                del answer.prompt_tokens[1:]
-            answers = []
-            try:
-                while not answers:
-                    answers, logits = self.step()
-                found += self.record(answers, logits)
-            except Exception as error:
-                failed.append((answer, error))
         self.clear()
-        if not failed:
-            self.scheduler.max_running = max(1, len(running) // 2)  # together they were too many
-        for answer in [answer for answer, _ in found if not answer.finish_reason] + waiting:
-            self.add(answer)
-        return found + failed
+        if len(running) == 1:
+            self.scheduler.max_running = max_active
+            return [(running[0], error)]
+        self.scheduler.max_running = len(running) // 2
+        self.scheduler.waiting.extendleft(running)
+        return []
 
     def clear(self):
-        """Forget all sequences, and their keys and values."""
+        """Forget the sequences that run, and all keys and values."""
         self.cache = KVCache(self.model.config, self.device, self.cache.layers[0].dtype)
         for answer in self.scheduler.running:
             answer.n_cached = 0
+            del answer.prompt_tokens[1:]
         self.scheduler.running.clear()
-        self.scheduler.waiting.clear()
 
     def rest(self):
         """Give the memory of the cache back."""
@@ -504,36 +460,20 @@ class ServingEngine(Engine):
         return_freed_memory()
 
 
-async def compute():
-    """The task that computes: a step of each engine in turn, in the thread; requests are read meanwhile."""
+async def compute(engine):
+    """The task that computes the steps of an engine, in the thread; requests are read meanwhile."""
     while True:
-        for engine in [model.engine for model in served.values()]:
-            if engine.has_work():
-                await compute_step(engine)
-        if any(model.engine.has_work() for model in served.values()):
-            continue
-        changed.clear()
-        try:
-            await asyncio.wait_for(changed.wait(), IDLE_SECONDS)
-        except TimeoutError:
-            for model in served.values():
-                await run_in_thread(model.engine.rest)
-            await changed.wait()
-
-
-async def compute_step(engine):
-    try:
-        for answer, record in await run_in_thread(engine.step_safely):
-            if isinstance(record, Exception):
-                answer.fail(record)
-            else:
+        while engine.has_work():
+            for answer, record in await run_in_thread(engine.step_safely):
                 answer.on_token(record)
-    except Exception as error:  # the server outlives any request
-        traceback.print_exc()
-        await run_in_thread(engine.clear)
-        for answer in answers_of_all:
-            answer.fail(error)
-    await asyncio.sleep(0)  # requests look at it now: beside a step they would slow it down
+            await asyncio.sleep(0)  # requests look at it now: beside a step they would slow it down
+        # without work the thread sleeps, and after a while the memory is given back
+        engine.changed.clear()
+        try:
+            await asyncio.wait_for(engine.changed.wait(), IDLE_SECONDS)
+        except TimeoutError:
+            await run_in_thread(engine.rest)
+            await engine.changed.wait()
 
 
 def run_in_thread(function):
@@ -545,7 +485,7 @@ def run_in_thread(function):
 
 class GenerateRequest(BaseModel):
     """The fields of both dialects that are built; Ollama's options are taken as fields."""
-    model: str = Field('', validation_alias=AliasChoices('model', 'name'))
+    model: str = ''
     messages: list[dict[str, Any]] = []
     prompt: str | list[str] | list[int] | list[list[int]] = ''
     input: str = ''  # of the instruction; an extra of ours, as top_k is in OpenAI's dialect
@@ -555,8 +495,7 @@ class GenerateRequest(BaseModel):
     stream: bool | None = None
     stream_options: dict = {}
     n: int = Field(1, ge=1)
-    max_tokens: int = Field(-1, validation_alias=AliasChoices(
-        'max_tokens', 'max_completion_tokens', 'num_predict'))  # below 0: the server's limit
+    max_tokens: int = -1  # below 0: the server's limit
     temperature: float = Field(0, ge=0, le=100)
     top_k: int = 0
     seed: int = -1
@@ -572,13 +511,7 @@ class GenerateRequest(BaseModel):
         return self.top_logprobs if self.logprobs is True else min(self.logprobs, 20)
 
 
-class Prompt(NamedTuple):
-    ids: list
-    text: str
-    is_raw: bool  # continued as it is; else put into the template
-
-
-FIELDS = {*GenerateRequest.model_fields, 'name', 'max_completion_tokens', 'num_predict', 'options'}
+RENAMED = {'name': 'model', 'max_completion_tokens': 'max_tokens', 'num_predict': 'max_tokens'}
 # settings that are not built: with these values, or without any, they would change nothing
 NEUTRAL = {'top_p': 1, 'repeat_penalty': 1, 'typical_p': 1, 'best_of': 1, 'response_format': {'type': 'text'}}
 
@@ -593,41 +526,46 @@ def find_model(name):
 
 async def read_body(request):
     """The fields of a request's JSON. HTTPException: it is too large, too slow or wrong."""
+    # the length is counted, since a body in chunks does not say its own
     body = bytearray()
     try:
-        async with asyncio.timeout(min(READ_SECONDS, request_timeout)):
+        async with asyncio.timeout(READ_SECONDS):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_body:
                     raise HTTPException(413, f'a request may have {max_body:,} bytes')
         fields = dict(json.loads(body))
-        fields |= dict(fields.get('options') or {})
+        fields |= dict(fields.pop('options', None) or {})
     except TimeoutError:
         raise HTTPException(408, 'the request did not come in time', {'Connection': 'close'}) from None
     except (ValueError, TypeError, RecursionError, ClientDisconnect):
         raise HTTPException(400, 'the request is not a complete JSON object') from None
-    return {key: value for key, value in fields.items() if value is not None}
+    return {RENAMED.get(key, key): value for key, value in fields.items() if value is not None}
 
 
 async def parse_request(request, headers):
     """A request -> a GenerateRequest. headers: of the reply, in which is told what is not heeded."""
     fields = await read_body(request)
-    known = FIELDS
-    if request.scope['path'].startswith('/api/'):
-        known = FIELDS - {'n', 'echo'}
+    known = GenerateRequest.model_fields.keys()
+    if is_ollama(request):
+        known -= {'n', 'echo'}
+    # a header tells of settings that are not built; a key from outside must not break it
     ignored = []
     for key in fields.keys() - known:
-        if fields[key] and fields[key] != NEUTRAL.get(key):
+        value = fields.pop(key)
+        if value and value != NEUTRAL.get(key):
             ignored.append(re.sub(r'[^\w.-]', '?', key, flags=re.ASCII)[:40])
     if ignored:
         headers['X-Ignored'] = ', '.join(sorted(ignored)[:20])
     try:
-        asked = GenerateRequest(**{key: value for key, value in fields.items() if key in known})
+        asked = GenerateRequest(**fields)
     except ValidationError as error:
         fault = error.errors()[0]
         raise HTTPException(400, f'{".".join(map(str, fault["loc"]))}: {fault["msg"]}') from None
+    # what may be written in several ways is written in one
     asked.model = find_model(asked.model)
-    asked.stop = [stop for stop in ([asked.stop] if isinstance(asked.stop, str) else asked.stop) if stop]
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop
+    asked.stop = [stop for stop in stops if stop]
     asked.top_k = max(asked.top_k, 0)
     if asked.seed < 0:
         asked.seed = secrets.randbits(31)
@@ -636,54 +574,61 @@ async def parse_request(request, headers):
 
 def template_prompt(asked, headers, masked):
     """
-    The Prompt of a chat or of Ollama's generate. As prepare.py reads chats, system messages come before the
+    The ids of a chat or of Ollama's generate. As prepare.py reads chats, system messages come before the
     input; of the turns the last question is what the model answers. HTTPException: there is none.
     """
     messages = asked.messages or [{'role': 'user', 'content': asked.prompt}]
+    turns = [message for message in messages if message.get('role') not in SYSTEM]
+    question = []
     try:
         system = [text_of(message) for message in messages if message.get('role') in SYSTEM]
-        turns = [message for message in messages if message.get('role') not in SYSTEM]
-        question = []
         while turns and turns[-1].get('role') in USER:
             question.insert(0, text_of(turns.pop()))
     except Fault as error:
         raise HTTPException(400, str(error)) from error
+    # an answer to the model's own words was never in its rows
     if turns and not question:
         raise HTTPException(400, 'the last message must have the role user')
+    # headers tell what the model sees otherwise, or not at all
     context = [text for text in [asked.system, *system] if text.strip()]
     if context:
         headers['X-System-In-Input'] = str(len(context))
     if turns:
         headers['X-Messages-Left-Out'] = str(len(turns))
-    row = {'instruction': mask('\n\n'.join(question), masked),
-           'input': mask('\n\n'.join(context + [asked.input] * bool(asked.input)), masked)}
+    if asked.input:
+        context.append(asked.input)
+    row = {'instruction': mask('\n\n'.join(question), masked), 'input': mask('\n\n'.join(context), masked)}
     if not row['instruction'].strip():
         raise HTTPException(400, 'there is no instruction')
-    return Prompt(encode_prompt(row), row['instruction'], False)
+    return encode_prompt(row)
 
 
 def raw_prompt(prompt, vocab_size, masked):
-    """The Prompt of a text or of ids that are to be continued. HTTPException: there is nothing in it."""
-    ids = prompt if isinstance(prompt, list) else []
-    if not all(0 <= id < vocab_size for id in ids):
-        raise HTTPException(400, f'the ids of a prompt are from 0 to {vocab_size - 1}')
-    text = detokenize(ids) if ids else prompt or ''
-    if not text.strip() and not ids:
+    """The ids of a text, or ids, that are to be continued. HTTPException: there is nothing in it."""
+    text = prompt
+    if isinstance(prompt, list):
+        if not all(0 <= id < vocab_size for id in prompt):
+            raise HTTPException(400, f'the ids of a prompt are from 0 to {vocab_size - 1}')
+        text = detokenize(prompt)
+    if not text.strip():
         raise HTTPException(400, 'there is no instruction: the prompt is empty')
+    # the ids that were sent stay as they are: the text's own may be others
     masked_text = mask(text, masked)
-    if not ids or masked_text != text:
-        ids = get_tokenizer().encode_ordinary(masked_text)
-    return Prompt(ids, detokenize(ids), True)
+    if prompt is text or masked_text != text:
+        return get_tokenizer().encode_ordinary(masked_text)
+    return prompt
 
 
 def read_prompts(asked, is_raw, headers):
-    """The Prompts of a request. headers tell which kinds of text were masked."""
+    """The prompts of a request, as lists of ids. headers tell which kinds of text were masked."""
     masked = set()
     if is_raw:
-        given = asked.prompt
-        is_single = isinstance(given, str) or not given or isinstance(given[0], int)
+        # a text, ids, or a list of either
+        prompts = asked.prompt
+        if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
+            prompts = [prompts]
         vocab_size = served[asked.model].engine.model.config.vocab_size
-        prompts = [raw_prompt(prompt, vocab_size, masked) for prompt in ([given] if is_single else given)]
+        prompts = [raw_prompt(prompt, vocab_size, masked) for prompt in prompts]
     else:
         prompts = [template_prompt(asked, headers, masked)]
     if masked:
@@ -691,7 +636,7 @@ def read_prompts(asked, is_raw, headers):
     return prompts
 
 
-def enqueue(asked, prompts):
+def enqueue(asked, prompts, is_raw):
     """Let the answers to the prompts wait for the engine: a list of them. HTTPException: why not."""
     engine = served[asked.model].engine
     n_answers = len(prompts) * asked.n
@@ -699,104 +644,95 @@ def enqueue(asked, prompts):
         raise HTTPException(400, f'{n_answers} answers are more than this server can let wait: {queue}')
     its_changed = asyncio.Event()
     try:
-        answers = [Answer(engine.model.config, asked, prompt, i, its_changed)
-                   for prompt in prompts for i in range(asked.n)]
+        answers = [Answer(engine.model.config, asked, prompts[i // asked.n], is_raw, i, its_changed)
+                   for i in range(n_answers)]
     except ModelError as error:
         raise HTTPException(400, str(error)) from error
+    # this may be another time; what can never be was refused above
     if n_waiting() + n_answers > queue:
         raise HTTPException(503, 'too many requests are waiting', {'Retry-After': '1'})
-    for index, answer in enumerate(answers):
-        answer.index = index
+    for answer in answers:
         if answer.wants_none and not answer.scores_prompt:
             answer.ended = 'length'
         else:
-            engine.arrived.append(answer)
-    answers_of_all.update(answers)
-    changed.set()
+            engine.add(answer)
+    engine.changed.set()
     return answers
 
 
+def end(answers, why):
+    for answer in answers:
+        answer.ended = answer.ended or why
+
+
 async def watch(answers):
-    """
-    Yields whenever some of the answers have grown, until all have ended. Closed before that, since the client
-    has gone, it ends them.
-    """
+    """Yields when some of the answers may have grown, and twice a second, until all have ended."""
     its_changed = answers[0].changed
-    try:
-        while True:
-            yield
-            if all(answer.ended for answer in answers):
-                return
-            try:
-                async with asyncio.timeout_at(answers[0].began + request_timeout):
-                    await its_changed.wait()
-            except TimeoutError:  # some may still wait for room
-                for answer in answers:
-                    answer.ended = answer.ended or 'length'
-            its_changed.clear()
-    finally:
-        for answer in answers:
-            answer.ended = answer.ended or 'cancelled'
+    while True:
+        # asked before, since the last of a text may come while an earlier piece is sent
+        have_ended = all(answer.ended for answer in answers)
+        yield
+        if have_ended:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await its_changed.wait()
+        its_changed.clear()
+        if time.monotonic() > answers[0].began + request_timeout:
+            end(answers, 'length')  # some may still wait for room
 
 
 async def stream_pieces(answers):
     """Yields the Pieces of the answers as they come, at the end of each an empty one that is its last."""
     left = list(answers)
-    async for _ in watch(answers):
-        for answer in list(left):
-            piece = answer.take()
-            if piece and (piece.text or piece.tokens):
-                yield piece
-            if answer.ended:
-                left.remove(answer)
-                yield Piece(answer, '', None, piece.is_first and not piece.text, True)
-
-
-async def whole_pieces(request, answers):
-    """The Pieces of the answers once all have ended; fewer if the client has gone before."""
-    async def until_ended():
-        async for _ in watch(answers):
-            pass
-
-    async def until_gone():
-        while (await request.receive())['type'] != 'http.disconnect':
-            pass
-
-    ended = asyncio.create_task(until_ended())
-    gone = asyncio.create_task(until_gone())
     try:
-        await asyncio.wait([ended, gone], return_when=asyncio.FIRST_COMPLETED)
+        async for _ in watch(answers):
+            for answer in list(left):
+                has_ended = answer.ended
+                piece = answer.take()
+                is_empty = not piece or not (piece.text or piece.tokens)
+                if not is_empty:
+                    yield piece
+                # some clients drop the text of the last one
+                if has_ended:
+                    left.remove(answer)
+                    yield Piece(answer, '', None, is_empty and piece.is_first, True)
     finally:
-        ended.cancel()
-        gone.cancel()
-    return [answer.take()._replace(is_last=True) for answer in answers if answer.ended]
+        end(answers, 'cancelled')  # where the client has gone
 
 
 def check_access(request: Request):
-    """HTTPException: the key is wrong, or a page of another origin asks."""
-    key = os.environ.get('SERVE_API_KEY')
+    """HTTPException: the key is wrong, or without one a page of another origin asks."""
     headers = request.headers
-    scheme, _, sent = headers.get('authorization', '').partition(' ')
-    has_key = bool(key) and scheme.lower() == 'bearer' and secrets.compare_digest(sent.encode(), key.encode())
-    name = re.sub(r':[0-9]+$', '', headers.get('host', ''))
-    if not key and not without_key and name not in LOOPBACK:
+    # the page itself needs no key: it asks for it
+    key = os.environ.get('SERVE_API_KEY')
+    if key:
+        scheme, _, sent = headers.get('authorization', '').partition(' ')
+        has_key = scheme.lower() == 'bearer' and secrets.compare_digest(sent.encode(), key.encode())
+        if not has_key and request.scope['path'] not in ('/', '/health'):
+            raise HTTPException(401, 'the API key is missing or wrong', {'WWW-Authenticate': 'Bearer'})
+        return
+    host = headers.get('host', '')
+    if not without_key and re.sub(r':[0-9]+$', '', host) not in LOOPBACK:
         raise HTTPException(403, 'under a name other than localhost a key is needed')  # against DNS rebinding
     # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no other
     # page may send this header
     origin = headers.get('origin')
-    is_foreign = bool(origin) and origin.partition('://')[2] != headers.get('host')
-    if is_foreign and request.method == 'POST' and not has_key and 'x-requested-with' not in headers:
+    is_foreign = bool(origin) and origin.partition('://')[2] != host
+    if is_foreign and request.method == 'POST' and 'x-requested-with' not in headers:
         raise HTTPException(403, 'pages of another origin may not ask')
-    if key and not has_key and request.scope['path'] not in ('/', '/health'):
-        raise HTTPException(401, 'the API key is missing or wrong', {'WWW-Authenticate': 'Bearer'})
 
 
 app = FastAPI(openapi_url=None, dependencies=[Depends(check_access)])
 READ = ['GET', 'HEAD']
 
 
-def error_body(is_ollama, status, message):
-    if is_ollama:
+def is_ollama(request):
+    return request.scope['path'].startswith('/api/')
+
+
+def error_body(in_ollama, status, message):
+    if in_ollama:
         return {'error': message}
     kind = 'invalid_request_error' if status < 500 else 'server_error'
     return {'error': {'message': message, 'type': kind, 'param': None, 'code': status}}
@@ -804,8 +740,7 @@ def error_body(is_ollama, status, message):
 
 @app.exception_handler(HTTPException)
 async def on_error(request, error):
-    is_ollama = request.scope['path'].startswith('/api/')
-    body = error_body(is_ollama, error.status_code, error.detail)
+    body = error_body(is_ollama(request), error.status_code, error.detail)
     return JSONResponse(body, error.status_code, error.headers)
 
 
@@ -814,38 +749,40 @@ async def on_error(request, error):
 @app.post('/api/generate')
 @app.post('/api/chat')
 async def generate(request: Request):
-    path = request.scope['path']
-    is_ollama = path.startswith('/api/')
-    is_chat = 'chat' in path
     headers = {}
     asked = await parse_request(request, headers)
-    if is_ollama and not asked.messages and not asked.prompt:  # so its clients load a model
-        return {'model': asked.model, 'created_at': now(), 'response': '', 'done': True,
-                'done_reason': 'load', 'message': {'role': 'assistant', 'content': ''}}
-    is_raw = not is_chat and (asked.raw or not is_ollama)
-    answers = enqueue(asked, read_prompts(asked, is_raw, headers))
-    reply = (OllamaReply if is_ollama else OpenAIReply)(asked, answers, is_chat)
-    is_stream = asked.stream is not False if is_ollama else bool(asked.stream)
-    if is_stream:
+    is_chat = 'chat' in request.scope['path']
+    dialect = OpenAIReply
+    is_raw = not is_chat
+    if is_ollama(request):
+        dialect = OllamaReply
+        is_raw = is_raw and asked.raw
+        if asked.stream is None:
+            asked.stream = True
+        if not asked.messages and not asked.prompt:  # so its clients load a model
+            return {'model': asked.model, 'created_at': now(), 'response': '', 'done': True,
+                    'done_reason': 'load', 'message': {'role': 'assistant', 'content': ''}}
+    # from here on the engine computes
+    answers = enqueue(asked, read_prompts(asked, is_raw, headers), is_raw)
+    reply = dialect(asked, answers, is_chat)
+    if asked.stream:
         return StreamingResponse(reply.lines(), media_type=reply.media_type, headers=headers)
-    pieces = await whole_pieces(request, answers)
-    if len(pieces) < len(answers):
-        return PlainTextResponse('')  # nobody is there to read it
-    errors = [answer.error for answer in answers if answer.error]
-    if errors:
-        raise HTTPException(500, errors[0])
+    # an answer that nobody waits for is not computed to its end
+    async for _ in watch(answers):
+        if await request.is_disconnected():
+            end(answers, 'cancelled')
+    for answer in answers:
+        if answer.error:
+            raise HTTPException(500, answer.error)
+    pieces = [answer.take()._replace(is_last=True) for answer in answers]
     return JSONResponse(reply.whole(pieces), headers=headers)
 
 
-class Reply:
-    """The answers to a request, in a dialect."""
-
-    def __init__(self, asked, answers, is_chat):
-        self.asked = asked
-        self.answers = answers
-        self.is_chat = is_chat
-        self.id = ('chatcmpl-' if is_chat else 'cmpl-') + secrets.token_hex(12)
-        self.created = int(time.time())
+class Reply(NamedTuple):
+    """The answers to a request, which a dialect writes whole or as the lines of a stream."""
+    asked: GenerateRequest
+    answers: list
+    is_chat: bool
 
 
 # -----------------------------------------------------------------------------
@@ -856,7 +793,8 @@ class OpenAIReply(Reply):
 
     def head(self, ending=''):
         kind = 'chat.completion' + ending if self.is_chat else 'text_completion'
-        return {'id': self.id, 'object': kind, 'created': self.created, 'model': self.asked.model}
+        return {'id': f'cmpl-{secrets.token_hex(12)}', 'object': kind, 'created': int(time.time()),
+                'model': self.asked.model}
 
     def usage(self):
         n_read = sum(answer.n_prompt for answer in self.answers) // self.asked.n
@@ -868,17 +806,20 @@ class OpenAIReply(Reply):
             return None
         if self.is_chat:
             return {'content': piece.tokens}
-        lists = {'tokens': [], 'token_logprobs': [], 'top_logprobs': [], 'text_offset': []}
+        offsets = []
+        likeliest = []
         for token in piece.tokens:
-            # the token itself is always among the likeliest, where these are asked for
-            likeliest = [token] + token['top_logprobs'] if piece.answer.n_top else []
-            tops = {token_text(bytes(top['bytes']), 'bytes:'): top['logprob'] for top in likeliest}
-            lists['tokens'].append(token_text(bytes(token['bytes']), 'bytes:'))
-            lists['token_logprobs'].append(token['logprob'])
-            lists['top_logprobs'].append(None if token['logprob'] is None else tops)
-            lists['text_offset'].append(piece.answer.offset)
-            piece.answer.offset += len(piece.answer.decoder.decode(bytes(token['bytes'])))
-        return lists
+            # offsets count whole characters, of which a token may be a part
+            offsets.append(len(piece.answer.bytes_sent.decode(errors='ignore')))
+            piece.answer.bytes_sent += bytes(token['bytes'])
+            # the token itself is always among them, if these are asked for
+            tops = [token] + token['top_logprobs'] if piece.answer.n_top else []
+            likeliest.append({top['token']: top['logprob'] for top in tops})
+        logprobs = [token['logprob'] for token in piece.tokens]
+        if logprobs[0] is None:
+            likeliest[0] = None  # nothing stands before the first token of a prompt
+        return {'tokens': [token['token'] for token in piece.tokens], 'token_logprobs': logprobs,
+                'top_logprobs': likeliest, 'text_offset': offsets}
 
     def choice(self, piece, name):
         content = {'text': piece.text}
@@ -911,9 +852,8 @@ def event(body):
 @app.api_route('/v1/models/{name}', methods=READ)
 async def model_json(name: str):
     name = find_model(name)
-    about = served[name].about
     return {'id': name, 'object': 'model', 'created': STARTED, 'owned_by': 'gpt2-sft',
-            'root': about['digest'], 'examples': served[name].examples}
+            'examples': served[name].examples}
 
 
 @app.api_route('/v1/models', methods=READ)
@@ -940,12 +880,13 @@ class OllamaReply(Reply):
         if piece.tokens:
             part['logprobs'] = piece.tokens
         if piece.is_last:
-            end = time.monotonic()
-            read = answer.first_token or end
-            part |= {'done_reason': answer.ended, 'total_duration': int(1e9 * (end - answer.began)),
+            # times in ns, as Ollama tells them
+            ended = time.monotonic()
+            read = answer.first_token or ended
+            part |= {'done_reason': answer.ended, 'total_duration': int(1e9 * (ended - answer.began)),
                      'load_duration': 0, 'prompt_eval_count': answer.n_prompt,
                      'prompt_eval_duration': int(1e9 * (read - answer.began)),
-                     'eval_count': answer.n_new, 'eval_duration': int(1e9 * (end - read))}
+                     'eval_count': answer.n_new, 'eval_duration': int(1e9 * (ended - read))}
         return part
 
     def whole(self, pieces):
@@ -965,12 +906,8 @@ async def version():
 
 
 @app.api_route('/api/tags', methods=READ)
-async def tags():
-    return {'models': [model.about for model in served.values()]}
-
-
 @app.api_route('/api/ps', methods=READ)
-async def running_models():
+async def tags():
     """All models are loaded, and stay so."""
     more = {'expires_at': '2100-01-01T00:00:00Z', 'size_vram': 0}
     return {'models': [model.about | more for model in served.values()]}
@@ -987,6 +924,7 @@ async def show(request: Request):
 
 @app.api_route('/', methods=READ)  # Ollama's command asks by HEAD whether a server runs
 async def page():
+    # the page runs its own script alone, whatever text a model writes into it
     nonce = secrets.token_urlsafe(16)
     policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:; "
               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
@@ -1025,8 +963,7 @@ class TimedProtocol(H11Protocol):
     def time_head(self):
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.head_timer:
-            seconds = min(READ_SECONDS, request_timeout)
-            self.head_timer = self.loop.call_later(seconds, self.transport.close)
+            self.head_timer = self.loop.call_later(READ_SECONDS, self.transport.close)
         elif self.head_timer and not is_waiting:
             self.head_timer.cancel()
             self.head_timer = None
@@ -1037,6 +974,7 @@ def check_settings():
     if not set(chain) <= FINDERS.keys() or ('patterns' in chain) != bool(patterns):
         raise UserError(f'filters={filters!r} may name pii, profanity, and patterns with a file, like '
                         '--patterns=mine.txt')
+    # some editors begin a file with a byte order mark
     try:
         lines = Path(patterns).read_text(encoding='utf-8-sig').splitlines() if patterns else []
         FINDERS['patterns'] = [('masked', re.compile(line), whole_size) for line in lines if line.strip()]
@@ -1067,12 +1005,12 @@ def find_examples(about):
         return []
     if rows['sha256'] != about['sha256']:
         return []
+    # one of each family, or else of each way to begin, as long as it fits the page
     examples = {}
     for row in rows['rows']:
         family = row.get('family') or ' '.join(row['instruction'].split()[:3])
         if len(row['instruction'] + row['input']) < 200:
-            example = {'title': family, 'instruction': row['instruction'], 'input': row['input']}
-            examples.setdefault(family, example)
+            examples[family] = {'title': family, 'instruction': row['instruction'], 'input': row['input']}
     return list(examples.values())[:6]
 
 
@@ -1082,8 +1020,7 @@ def describe(name, loaded):
     return {
         'name': name, 'model': name, 'modified_at': now(), 'size': 4 * size,
         'digest': loaded.made_of['weights'],
-        'details': {'format': 'pytorch', 'family': 'gpt2', 'families': ['gpt2'], 'parent_model': '',
-                    'parameter_size': f'{size / 1e6:.0f}M', 'quantization_level': 'F32'},
+        'details': {'family': 'gpt2', 'parameter_size': f'{size / 1e6:.0f}M', 'quantization_level': 'F32'},
         'model_info': {'general.architecture': 'gpt2', 'gpt2.context_length': loaded.model.config.block_size},
         'template': BEFORE_INSTRUCTION + '{{ .Prompt }}' + RESPONSE_HEADER, 'capabilities': ['completion']}
 
@@ -1093,15 +1030,16 @@ def load_models():
     chosen_device, compute_dtype = choose_device(device, dtype)
     run = find_run(config)
     examples = []
-    loaded = {}
     if run:
-        loaded[run.stem] = load_run(run)
         examples = find_examples(read_json(run))
+        loaded = {run.stem: load_run(run)}
+        if before:
+            name = run.stem.removesuffix('-sft') + '-before'
+            loaded[name] = load_base(run, cache_dir, download_from)
     else:
         model = load_named(init_from, cache_dir, download_from)
-        loaded[model.model.config.name] = model
-    if run and before:
-        loaded[run.stem.removesuffix('-sft') + '-before'] = load_base(run, cache_dir, download_from)
+        loaded = {model.model.config.name: model}
+    # described before their matrices move into other layers
     for name, model in loaded.items():
         about = describe(name, model)
         for_inference(model.model, chosen_device, compute_dtype)
@@ -1109,25 +1047,29 @@ def load_models():
         served[name] = Served(engine, about, examples)
 
 
-async def run_until_one_ends(listener):
+async def serve(listener):
     """Serve and compute. SIGTERM and Ctrl-C: no new connections, those who wait are answered, exit code 0."""
     server = uvicorn.Server(uvicorn.Config(
         app, http=TimedProtocol, ws='none', log_level='warning', access_log=False, lifespan='off',
         timeout_graceful_shutdown=request_timeout))
-    tasks = [asyncio.create_task(server.serve(sockets=[listener])), asyncio.create_task(compute())]
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    done.pop().result()
+    # were an engine's task to end, the server ends too, instead of waiting for nothing
+    async with asyncio.TaskGroup() as tasks:
+        computing = [tasks.create_task(compute(model.engine)) for model in served.values()]
+        await server.serve(sockets=[listener])
+        for task in computing:
+            task.cancel()
 
 
 def main():
     check_settings()
+    # an address that is taken is told before models are loaded
     listener = listen()
     thread.submit(load_models).result()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)  # uvicorn handles them, and raises them again at the end
     name = f'[{host}]' if ':' in host else host
     print(f'{", ".join(served)}: http://{name}:{listener.getsockname()[1]}', flush=True)
-    asyncio.run(run_until_one_ends(listener))
+    asyncio.run(serve(listener))
 
 
 if __name__ == '__main__':

@@ -3,9 +3,10 @@ serve.py under load and beside other servers, its soak, and what its filters fin
 
     python tests/bench.py --only=serve              # GPT-2 Small's shape; --size=medium, --turns=1, --quick
     python tests/bench.py --only=filters
-    python tests/bench_serve.py sharing             # how requests share a server: ours, transformers serve, llama.cpp's
+    python tests/bench_serve.py sharing             # how requests share a server: a table in Markdown; a trial: sharing quick
 
-sharing needs transformers with what its serve asks for, and xllamacpp, in this Python or in the one that PEER_PYTHON names.
+sharing compares with transformers serve and llama.cpp's server, if transformers[serving] and xllamacpp are installed, in this Python or in
+the one that PEER_PYTHON names.
 
 What is compared is measured in turns, warm, and the medians are shown; a server that waits computes nothing.
 """
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
@@ -198,79 +200,88 @@ time.sleep(10 ** 6)
 """
 
 
-def gap_beside(port, model, others):
-    """The longest gap in seconds of a stream of 100 tokens beside `others`, functions(is_over) that run from its first token on."""
-    is_over, pool, running = [], ThreadPoolExecutor(64), []
-    on_first = lambda: running.extend(pool.submit(other, is_over) for other in others)  # noqa: E731
-    began, times, end = stream(port, model, 'Tell me all about the sea.', 100, on_first)
-    is_over.append(True)
-    n_others = sum(one.result() for one in running)
+class Sizes(NamedTuple):
+    """How much the comparison does; the trial's tell nothing but that it runs."""
+    stream: int = 100  # tokens of the stream that is watched
+    askers: int = 3  # who ask for one token again and again
+    prompts: int = 30  # of 900 tokens, which arrive while it runs
+    clients: int = 32  # at once, each of which streams two answers
+    answer: int = 32  # tokens of these
+
+
+TRIAL = Sizes(stream=20, askers=1, prompts=2, clients=3, answer=6)
+
+
+def gap_beside(port, model, others, n):
+    """A stream of n tokens beside `others`, functions(is_over) that run from its first token on -> its longest gap in seconds."""
+    is_over = []
+    running = []
+    with ThreadPoolExecutor(64) as pool:
+        on_first = lambda: running.extend(pool.submit(other, is_over) for other in others)  # noqa: E731
+        began, times, end = stream(port, model, 'Tell me all about the sea.', n, on_first)
+        is_over.append(True)
+    for one in running:
+        one.result()  # or an error that it met
+    # the last token ends the stream
     gaps = [b - a for a, b in zip(times, [*times[1:], end])]
-    return max(gaps, default=LIMIT), len(times), end - began, n_others
+    return max(gaps, default=LIMIT)
 
 
-def one_token_again_and_again(port, model):
+def ask_again_and_again(port, model):
     def ask_them(is_over):
         n = 0
         while not is_over:
             stream(port, model, f'Say {n}.', 1)
             n += 1
-        return n
     return ask_them
 
 
 def long_prompt(port, model, number):
-    def ask_it(is_over):
-        stream(port, model, f'{number} {LONG}', 8)
-        return 1
-    return ask_it
+    return lambda is_over: stream(port, model, f'{number} {LONG}', 8)
 
 
-def many_clients(port, model, rows, clients=32, n=32):
+def many_clients(port, model, rows, sizes):
     """Each client streams two answers -> (tokens/s of all, 95th percentile of the seconds to the first token)."""
     def client(i):
-        return [stream(port, model, rows[(2 * i + k) % len(rows)]['instruction'], n) for k in range(2)]
+        return [stream(port, model, rows[(2 * i + k) % len(rows)]['instruction'], sizes.answer) for k in range(2)]
 
     began = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        found = [answer for answers in pool.map(client, range(clients)) for answer in answers]
+    with ThreadPoolExecutor(sizes.clients) as pool:
+        found = [answer for answers in pool.map(client, range(sizes.clients)) for answer in answers]
     seconds = time.perf_counter() - began
     first = sorted((times or [end])[0] - asked for asked, times, end in found)
-    return 2 * clients * n / seconds, first[int(0.95 * len(first))]
+    return len(found) * sizes.answer / seconds, first[int(0.95 * len(first))]
 
 
-def measure_sharing(port, model, rows):
-    """What bench_sharing shows of one server."""
+def measure_sharing(port, model, rows, sizes):
+    """A row of bench_sharing's table."""
     stream(port, model, 'Hello.', 4)  # warm
-    alone = gap_beside(port, model, [])
-    ones = gap_beside(port, model, [one_token_again_and_again(port, model)] * 3)
-    longs = gap_beside(port, model, [long_prompt(port, model, i) for i in range(30)])
-    speed, first = many_clients(port, model, rows)
-    return {'gap alone, s': alone[0], '(a) gap, s': ones[0], '(a) tokens': ones[1], '(a) stream, s': ones[2], '(a) answered': ones[3],
-            '(b) gap, s': longs[0], '(b) tokens': longs[1], '(b) stream, s': longs[2], '32 clients, tokens/s': speed,
-            'p95 to the first token, s': first}
+    short = [ask_again_and_again(port, model)] * sizes.askers
+    long = [long_prompt(port, model, i) for i in range(sizes.prompts)]
+    gaps = [gap_beside(port, model, others, sizes.stream) for others in ([], short, long)]
+    return [f'{value:.2f}' for value in [*gaps, *many_clients(port, model, rows, sizes)]]
 
 
-def bench_sharing(folder, rows, others=()):
-    """others: (name, command, model) of further servers. Each runs alone, with two threads; the weights are the same."""
+def bench_sharing(folder, rows, sizes):
+    """Each server runs alone, with two threads; the weights are the same. One that does not run here is named with the reason."""
     python = os.environ.get('PEER_PYTHON', sys.executable)
-    huggingface, gguf = Path(folder, 'export/huggingface'), next(Path(folder, 'export/gguf').glob('*-F32.gguf'), None)
-    servers = [('serve.py', [sys.executable, 'serve.py', f'--out_dir={folder}', '--before=False', '--filters=', '--max_new_tokens=100',
-                 f'--request_timeout={LIMIT}.0'], ''), *others,
-               ('transformers serve', [python, '-c', TRANSFORMERS, str(huggingface)], str(huggingface)),
-               ("llama.cpp's server", [python, '-c', LLAMA, str(gguf)], 'any')]
+    huggingface = Path(folder, 'export/huggingface')
+    gguf = next(Path(folder, 'export/gguf').glob('*-F32.gguf'))
+    servers = [
+        ('serve.py', '', [sys.executable, 'serve.py', f'--out_dir={folder}', '--before=False', '--filters=', f'--request_timeout={LIMIT}.0']),
+        ('transformers serve --continuous-batching', str(huggingface), [python, '-c', TRANSFORMERS, huggingface]),
+        ("llama.cpp's server", 'any', [python, '-c', LLAMA, gguf])]
     lines = []
-    for name, command, model in servers:
+    for name, model, command in servers:
         try:
             with server(folder, *command, python='', env=THREADS) as (_, port, _):
-                found = measure_sharing(port, model, rows)
-        except (RuntimeError, OSError, IndexError) as error:  # it does not run here
-            lines.append((name, f'{type(error).__name__} {error}'[:200]))
-            continue
-        lines.append((name, *(f'{value:.2f}' for value in found.values())))
-        print(lines[-1], flush=True)
-    table('one stream of 100 tokens beside (a) three clients that ask for one token again and again, (b) 30 prompts of 900 tokens; '
-          '32 clients that stream two answers of 32 tokens', ('server', *found), lines)
+                lines.append((name, *measure_sharing(port, model, rows, sizes)))
+        except (RuntimeError, OSError, http.client.HTTPException, ValueError) as error:
+            lines.append((name, 'skipped: ' + f'{error}'[:200], '', '', '', ''))
+        print(f'measured: {name}', file=sys.stderr, flush=True)
+    table(f"a stream of {sizes.stream} tokens: its longest gap alone, beside (a) {sizes.askers} clients that send max_tokens=1 in a loop, (b) while "
+          f'{sizes.prompts} prompts of 900 tokens arrive; and {sizes.clients} clients that stream two answers of {sizes.answer} tokens', (
+              'server', 'gap alone, s', '(a) gap, s', '(b) gap, s', f'{sizes.clients} clients, tokens/s', 'p95 to the first token, s'), lines)
 
 
 # --- soak
@@ -391,7 +402,7 @@ def bench_serve(size, rows, turns, quick):
             bench_clients(port, some, turns)
             bench_overhead(folder, port, some[:16], turns)
         subprocess.run([sys.executable, 'export.py', f'--out_dir={folder}', '--to=huggingface,gguf'], check=True, cwd=ROOT, stdout=subprocess.PIPE)
-        bench_sharing(folder, rows)
+        bench_sharing(folder, rows, TRIAL if quick else Sizes())
         write_run(Path(soak_folder), (2, 2, 64))
         if bench_soak(soak_folder, rows, 200 if quick else 2000):
             sys.exit('the soak found faults')
@@ -429,14 +440,14 @@ def share(hits, count):
     return f'{hits} of {count}, {100 * hits / max(1, count):.1f} % [{100 * low:.1f}, {100 * high:.1f}]'
 
 
-def bench_sharing_alone(folder=''):
-    """sharing by itself, of the run in folder and its export, or of a new one of GPT-2 Small's shape."""
+def bench_sharing_alone(quick=''):
+    """sharing by itself, of random weights in GPT-2 Small's shape, or of two small layers as a trial."""
     rows = [{'instruction': f'Describe the number {i} in words, please.'} for i in range(64)]
-    with tempfile.TemporaryDirectory() as new:
-        if not folder:
-            write_run(Path(new), SHAPES['small'])
-            subprocess.run([sys.executable, 'export.py', f'--out_dir={new}', '--to=huggingface,gguf'], check=True, cwd=ROOT)
-        bench_sharing(folder or new, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        write_run(Path(folder), (2, 2, 64) if quick else SHAPES['small'])
+        command = [sys.executable, 'export.py', f'--out_dir={folder}', '--to=huggingface,gguf']
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE)
+        bench_sharing(folder, rows, TRIAL if quick else Sizes())
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """serve.py as its users meet it: the packages openai and ollama, our own judge.py, and clients that misbehave."""
+import asyncio
 import contextlib
 import http.client
 import json
@@ -267,8 +268,8 @@ def test_stop_sequences(url):
 
 def new_answer(stop=(), n_top=-1, limit=60, echo=False):
     """An Answer as a request makes it."""
-    asked = SimpleNamespace(max_tokens=limit, temperature=0, top_k=0, seed=1, stop=stop, n_top=n_top, echo=echo)
-    return serve.Answer(GPTConfig(), asked, serve.Prompt([1], '"', False), 0, SimpleNamespace(set=lambda: None))
+    asked = SimpleNamespace(max_tokens=limit, temperature=0, top_k=0, seed=1, stop=stop, n_top=n_top, echo=echo, n=1)
+    return serve.Answer(GPTConfig(), asked, [1], False, 0, SimpleNamespace(set=lambda: None))
 
 
 def feed(answer, new_ids):
@@ -288,6 +289,32 @@ def test_a_stream_of_an_answer_that_repeats_the_header(monkeypatch):
     pieces = feed(new_answer(n_top=0), new_ids)
     text = ''.join(piece.text for piece in pieces)
     assert text == 'The cat 🎉 sat' and sum((piece.tokens for piece in pieces), []) == new_ids[:-1] and len(pieces) > 3
+
+
+def test_what_comes_while_a_piece_is_sent_is_not_lost():
+    """Also if it ends the answer."""
+    answer = new_answer()
+    answer.changed = asyncio.Event()
+    ids = get_tokenizer().encode('The sea is wide and deep, and so on.') + [50256]
+
+    async def read():
+        pieces = []
+        feed_some(answer, ids[:4])
+        async for piece in serve.stream_pieces([answer]):
+            pieces.append(piece)
+            if len(pieces) == 1:
+                feed_some(answer, ids[4:])
+        return pieces
+
+    pieces = asyncio.run(read())
+    assert ''.join(piece.text for piece in pieces) == 'The sea is wide and deep, and so on.'
+    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def feed_some(answer, new_ids):
+    for new_id in new_ids:
+        answer.append(new_id)
+        answer.on_token(None)
 
 
 # --- completions: lists of prompts, ids, log-probabilities of prompts
@@ -346,7 +373,7 @@ def test_tokens_that_are_parts_of_characters(url):
     prompt = 'a 🎉é b'
     told = completions(url, prompt, max_tokens=0, echo=True, logprobs=1).json()['choices'][0]['logprobs']
     parts = [get_tokenizer().decode_single_token_bytes(id) for id in get_tokenizer().encode(prompt)]
-    assert told['tokens'] == [serve.token_text(part, 'bytes:') for part in parts]
+    assert told['tokens'] == [serve.token_record(id, 0)['token'] for id in get_tokenizer().encode(prompt)]
     assert told['tokens'][1:3] == ['bytes:\\x20\\xf0\\x9f', 'bytes:\\x8e']
     whole = [prompt.encode()[:sum(map(len, parts[:i]))].decode(errors='ignore') for i in range(len(parts))]
     assert told['text_offset'] == [len(text) for text in whole]
@@ -609,9 +636,9 @@ def test_a_step_is_bounded_and_serves_all_that_decode(monkeypatch):
     compute = engine.compute
     monkeypatch.setattr(engine, 'compute', lambda batch: sizes.append(sum(n for _, n in batch)) or compute(batch))
     first, *others = [engine_answer(ids, 20) for ids in ([1, 2, 3], *[list(range(i, i + 900)) for i in range(9)])]
-    engine.arrived.append(first)
+    engine.add(first)
     engine.step_safely()
-    engine.arrived += others
+    engine.scheduler.waiting += others
     for n in range(2, 20):
         engine.step_safely()
         assert len(first.ids) == 3 + n
@@ -619,13 +646,13 @@ def test_a_step_is_bounded_and_serves_all_that_decode(monkeypatch):
 
 
 def engine_answer(ids, n, **more):
-    asked = SimpleNamespace(max_tokens=n, temperature=0, top_k=0, seed=1, stop=[], n_top=-1, echo=False)
-    return serve.Answer(GPTConfig(**SHAPE), asked, serve.Prompt(ids, '', True), 0, SimpleNamespace(set=lambda: None))
+    asked = SimpleNamespace(max_tokens=n, temperature=0, top_k=0, seed=1, stop=[], n_top=-1, echo=False, n=1)
+    return serve.Answer(GPTConfig(**SHAPE), asked, ids, True, 0, SimpleNamespace(set=lambda: None))
 
 
 def test_all_caches_stay_within_their_limit_and_are_given_back():
     engine = serve.ServingEngine(random_model(), 2e6)  # 1,953 positions of this shape
-    engine.arrived += [engine_answer(list(range(i, i + 300)), 40) for i in range(20)]
+    engine.scheduler.waiting += [engine_answer(list(range(i, i + 300)), 40) for i in range(20)]
     largest = 0
     while engine.has_work():
         engine.step_safely()
@@ -663,7 +690,7 @@ def test_fewer_run_at_once_where_together_they_fail(monkeypatch):
 
     monkeypatch.setattr(engine.model, 'hidden_states', faulty)
     answers = [engine_answer(list(range(i, i + 10)), 30) for i in range(30)]
-    engine.arrived += answers
+    engine.scheduler.waiting += answers
     while engine.has_work():
         engine.step_safely()
     assert [len(answer.new_ids) for answer in answers] == [30] * 30
