@@ -191,7 +191,8 @@ def replace(kind, pattern, size_of, text):
         if size:
             text = f'{text[:end]}[{kind}]{text[end + size:]}'
             end += len(kind)
-        match = pattern.search(text, end + 1)
+        # a pattern of the user's may match nothing at all, again and again at the end
+        match = end < len(text) and pattern.search(text, end + 1)
     return text
 
 
@@ -219,7 +220,7 @@ def final_size(text):
         return 0  # patterns may need all of it; and a header is no part of an answer
     if not chain:
         return len(text.rstrip('\ufffd'))  # a character may be of several tokens
-    # for example the last five words of 'or pay with 4111 1111' are not final: more digits may come
+    # for example 'or pay' is final in 'or pay with 4111 1111': more digits may come
     size = len(text) - LAST.match(text[::-1]).end()
     begun = IBAN_BEGUN.search(text[:size], max(0, size - 70))
     return begun.start() if begun else size

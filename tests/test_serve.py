@@ -500,6 +500,10 @@ def test_a_long_hostile_text_is_filtered_in_time():
         assert time.process_time() - began < 1, text[:9]  # it blocks the server meanwhile
 
 
+def test_a_pattern_that_matches_nothing_ends():
+    assert serve.replace('masked', re.compile('x*'), serve.whole_size, 'a xx b x') == 'a [masked] b [masked]'
+
+
 def test_alternatives_that_a_filter_masks_are_left_out(monkeypatch):
     """A rude token may be unlikely, but it is not shown."""
     monkeypatch.setattr(serve, 'chain', ['profanity'])
