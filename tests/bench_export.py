@@ -69,11 +69,12 @@ def measure_speed(folder, name):
         print(f'speed {name}: {median_speed(lambda: generate(model, [prompt], NEW, eos=-1)[0]):.1f}')
         return
     try:
-        steps = FORMATS[name].read(Path(folder, 'export', name), '')
+        _, read, _ = FORMATS[name]
+        steps = read(Path(folder, 'export', name), '')
     except ModuleNotFoundError:
         return
     for program, step in steps.items():
-        print(f'speed {program}: {median_speed(lambda: greedy_ids(step, [prompt], NEW, 1024, eos=-1)[0]):.1f}')
+        print(f'speed {program}: {median_speed(lambda: greedy_ids(step, prompt, NEW, eos=-1)):.1f}')
 
 
 def size_of(folder, name, program):

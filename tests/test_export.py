@@ -17,7 +17,6 @@ from engine import generate
 from lora import add_lora, load_adapter
 from model import GPT, GPTConfig, convert_tensors, fingerprint, read_safetensors, transpose_conv1d
 from prepare import EOS, VOCAB_SIZE, encode_prompt, format_prompt, get_tokenizer, read_split, to_row
-from sample import reference_losses
 
 import numpy as np
 import pytest
@@ -194,7 +193,7 @@ def test_huggingface_settings(huggingface):
     assert 'split_special_tokens' not in tokenizer and tokenizer['eos_token'] == '<|endoftext|>'
 
 
-def test_the_model_card(huggingface, again, model, monkeypatch):
+def test_the_model_card(huggingface, again, monkeypatch):
     """How it was made and from what, without this machine's paths; the base where it is a released one."""
     monkeypatch.setattr(export, 'out_dir', str(again))
     run = json.loads((again / 'gpt2-2x32-sft.json').read_text())
@@ -202,14 +201,14 @@ def test_the_model_card(huggingface, again, model, monkeypatch):
     assert card.startswith('---\nlibrary_name: transformers\npipeline_tag: text-generation\nlicense: mit\n')
     assert run['sha256'] in card and '"learning_rate": 0.001' in card and run['made_of']['data'] in card
     assert 'Scores' not in card and 'base_model' not in card and 'no scores' not in huggingface[1]
-    assert export.model_card(model, run) == card
+    assert export.model_card('gpt2-2x32', run) == card
     paths = dict.fromkeys(('out_dir', 'init_from', 'cache_dir'), '/home/someone/elsewhere')
-    assert export.model_card(model, run | {'config': run['config'] | paths, 'init_from': '/home/someone/elsewhere'}) == card
-    assert '\nbase_model: openai-community/gpt2-medium\n' in export.model_card(model, run | {'init_from': 'gpt2-medium'})
-    assert '\nbase_model: openai-community/gpt2-medium\n' in export.model_card(model, {'init_from': 'gpt2-medium'})
+    assert export.model_card('gpt2-2x32', run | {'config': run['config'] | paths, 'init_from': '/home/someone/elsewhere'}) == card
+    for about in run | {'init_from': 'gpt2-medium'}, {'init_from': 'gpt2-medium'}:
+        assert '\nbase_model: openai-community/gpt2-medium\n' in export.model_card('gpt2-2x32', about)
 
 
-def test_the_cards_scores_are_the_models(again, runs, model, monkeypatch, capsys):
+def test_the_cards_scores_are_the_models(again, runs, monkeypatch, capsys):
     """scores.txt is copied if scores.json was made of these weights, and left out, with a line, if not."""
     weights = json.loads((again / 'gpt2-2x32-sft.json').read_text())['weights']
     (again / 'scores.json').write_text(json.dumps({'made_of': {'weights': weights}}))
@@ -220,7 +219,7 @@ def test_the_cards_scores_are_the_models(again, runs, model, monkeypatch, capsys
     monkeypatch.setattr(export, 'out_dir', str(again))
     for scores in {'made_of': {'weights': weights[::-1]}}, {}:
         (again / 'scores.json').write_text(json.dumps(scores))
-        assert '68.50' not in export.model_card(model, {'init_from': 'scratch'})
+        assert '68.50' not in export.model_card('gpt2-2x32', {'init_from': 'scratch', 'weights': weights})
         assert capsys.readouterr().out == f'  the card has no scores: {again}/scores.json is of other weights\n'
 
 
@@ -276,17 +275,31 @@ def test_parts_of_messages_are_joined():
     assert render(messages) == format_prompt({'instruction': 'Do.', 'input': 'Name a tree.'})
 
 
+DIALOGUE = [{'role': role, 'content': text} for role, text in
+            [('system', 'Be brief.'), ('user', 'Hello'), ('assistant', 'Hi.'), ('user', 'How are you?'), ('assistant', ' "Fine."\n')]]
+
+
 def test_the_last_message_is_the_instruction():
     """llama.cpp's server renders such a dialogue at its start."""
-    turns = [('system', 'Be brief.'), ('user', 'Hello'), ('assistant', 'Hi.'), ('user', 'How are you?')]
-    messages = [{'role': role, 'content': text} for role, text in turns]
-    assert render(messages) == format_prompt({'instruction': 'How are you?', 'input': 'Be brief.'})
-    assert render(messages[1:]) == format_prompt({'instruction': 'How are you?'})
+    assert render(DIALOGUE[:-1]) == format_prompt({'instruction': 'How are you?', 'input': 'Be brief.'})
+    assert render(DIALOGUE[1:-1]) == format_prompt({'instruction': 'How are you?'})
 
 
-@pytest.mark.parametrize('roles', [['user', 'assistant'], ['system'], []])
+@pytest.mark.parametrize('options', [{}, {'trim_blocks': False}])
+def test_an_answer_ends_as_in_training(options):
+    """An assistant's message at the end is the answer to the last question: so others train the model further."""
+    row = {'instruction': 'How are you?', 'input': 'Be brief.'}
+    assert render(DIALOGUE, **options) == format_prompt(row) + ' "Fine."\n<|endoftext|>'
+    assert render(DIALOGUE[1:3], **options) == format_prompt({'instruction': 'Hello'}) + 'Hi.<|endoftext|>'
+    parts = [{'type': 'text', 'text': 'Hi'}, {'type': 'text', 'text': '.'}]
+    assert render([DIALOGUE[1], {'role': 'assistant', 'content': parts}]) == render(DIALOGUE[1:3])
+    # the prompt of a row is how the whole row begins
+    assert render(DIALOGUE).startswith(render(DIALOGUE[:-1]))
+
+
+@pytest.mark.parametrize('roles', [['assistant'], ['system', 'assistant'], ['user', 'tool'], ['user', 'system'], ['system'], []])
 def test_the_chat_template_refuses_what_has_no_question(roles):
-    with pytest.raises(ValueError, match='the last message must be one of the user') as caught:
+    with pytest.raises(ValueError, match='the last message must be one of the user, or an answer to one') as caught:
         render([{'role': role, 'content': 'x'} for role in roles])
     assert '\n' not in str(caught.value)
 
@@ -339,13 +352,11 @@ def test_gguf_file(reader, runs, tmp_path, monkeypatch, kind, bits, file_type):
         fields = export.gguf_fields(model.config)
         few = {'token_list': fields['token_list'][:9], 'token_types': fields['token_types'][:9], 'token_merges': fields['token_merges'][:9]}
         monkeypatch.setattr(export, 'gguf_fields', lambda shape: fields | few)
-        export.write_gguf(model, tmp_path, {})
+        export.write_gguf(model, tmp_path, {'weights': ''})
         reader = gguf.GGUFReader(tmp_path / f'gpt2-2x32-{kind}.gguf')
-    names = ['general.architecture', 'gpt2.context_length', 'gpt2.block_count', 'general.file_type', 'tokenizer.ggml.eos_token_id',
-             'tokenizer.ggml.add_bos_token', 'tokenizer.chat_template']
-    assert [reader.fields[name].contents() for name in names] == ['gpt2', 256, 2, file_type, EOS, False, export.chat_template()]
-    # the format demands it where tensors are quantized
-    assert ('general.quantization_version' in reader.fields) == (kind == 'Q8_0')
+    names = ['general.architecture', 'gpt2.context_length', 'gpt2.block_count', 'general.file_type', 'general.quantization_version',
+             'tokenizer.ggml.eos_token_id', 'tokenizer.ggml.add_bos_token', 'tokenizer.chat_template']
+    assert [reader.fields[name].contents() for name in names] == ['gpt2', 256, 2, file_type, 2, EOS, False, export.chat_template()]
     tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     ours = {'token_embd.weight': 'wte.weight', 'position_embd.weight': 'wpe.weight'}
     ours |= {f'output_norm.{part}': f'ln_f.{part}' for part in ('weight', 'bias')}
@@ -404,7 +415,7 @@ def test_other_types_stay_if_they_are_of_the_same_weights(gguf_folder, again, ru
     assert sorted(path.name for path in folder.iterdir()) == ['Modelfile', 'gpt2-2x32-F32.gguf']
     # a file of unknown weights, without a Modelfile
     (tmp_path / 'old.gguf').write_text('')
-    export.keep_other_types(tmp_path, folder)
+    export.keep_other_types(tmp_path, folder, weights)
     assert 'removed' in capsys.readouterr().out and not (folder / 'old.gguf').exists()
 
 
@@ -415,9 +426,9 @@ def test_shapes_that_gguf_or_llama_cpp_lack(gguf_folder, run, tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / 'odd.pth')
     (tmp_path / 'odd.json').write_text(json.dumps({'model': vars(model.config)}))
     process = run('export.py', '--init_from=odd.pth', '--out_dir=out', '--to=gguf', '--gguf_type=Q8_0', code=2)
-    assert 'Q8_0 an n_embd of whole 32s' in process.stderr
+    assert 'Q8_0 takes an n_embd of whole 32s, not 48' in process.stderr
     assert not list((tmp_path / 'out/export').iterdir())
-    export.write_gguf(model, tmp_path, {})
+    export.write_gguf(model, tmp_path, {'weights': ''})
     printed = capsys.readouterr().out
     assert printed.count('\n') == 1 and 'llama.cpp rounds contexts up to whole 256s, and so beyond the 64 positions' in printed
     assert 'warning' not in gguf_folder[1]
@@ -491,54 +502,55 @@ def test_onnx_prefill_decode_and_pads(onnx, model):
 
 def graph_step(model):
     """A step as the readers have it, of the function that becomes the ONNX graph."""
-    def step(ids, mask, past):
+    def step(ids, past):
         c = model.config
-        past = past or [tuple(torch.zeros(2, len(ids), c.n_head, 0, c.n_embd // c.n_head))] * c.n_layer
-        positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.size(1):]
-        return export.forward_with_past(model, ids, mask, positions, past)
+        past = past or [tuple(torch.zeros(2, 1, c.n_head, 0, c.n_embd // c.n_head))] * c.n_layer
+        end = past[0][0].size(2) + ids.size(1)
+        positions = torch.arange(end)[None]
+        return export.forward_with_past(model, ids, torch.ones_like(positions), positions[:, -ids.size(1):], past)
     return step
 
 
-def test_prompts_of_different_lengths_beside_each_other():
-    """greedy_ids of all at once are those of model.py, one by one: pads change nothing, and each answer has its own end."""
+def test_greedy_ids():
+    """They are model.py's, up to the end-of-text or the limit."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=300)).eval()
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.5)
-    prompts = [[id % 300 for id in IDS[:length]] for length in (1, 10, 3, 7, 6)]
-    expected = [model.generate(prompt, 12, eos=-1) for prompt in prompts]
     step = graph_step(model)
-    assert export.greedy_ids(step, prompts, 12, 64, eos=-1) == expected
-    # an id that comes first in the middle of an answer
-    eos = next(id for i, id in enumerate(expected[1]) if i > 3 and id not in expected[1][:i])
-    ended = [model.generate(prompt, 12, eos=eos) for prompt in prompts]
-    assert export.greedy_ids(step, prompts, 12, 64, eos=eos) == ended and 3 < len(ended[1]) < 12
-    # no answer passes the last position
-    assert export.greedy_ids(step, prompts, 12, 13, eos=-1) == [ids[:3] for ids in expected]
-    assert export.greedy_ids(step, prompts[:1], 12, 64, eos=-1) == expected[:1]
+    with torch.no_grad():
+        for length in 1, 10, 3:
+            prompt = [id % 300 for id in IDS[:length]]
+            expected = model.generate(prompt, 12, eos=-1)
+            assert export.greedy_ids(step, prompt, 12, eos=-1) == expected
+            # an id that comes first in the middle of an answer
+            eos = next(id for i, id in enumerate(expected) if i > 1 and id not in expected[:i])
+            assert export.greedy_ids(step, prompt, 12, eos=eos) == expected[:expected.index(eos)]
 
 
 def test_what_a_type_costs(model, runs, monkeypatch, capsys):
-    """A step that computes the same costs nothing; one whose scale depends on what is beside it differs in a batch alone."""
+    """A step that computes the same costs nothing; one whose logits are those of other ids costs something."""
     monkeypatch.chdir(runs)
     monkeypatch.setattr(export, 'dataset', 'tiny')
     monkeypatch.setattr(export, 'max_new_tokens', 8)
     step = graph_step(model)
 
-    def swayed(ids, mask, past):
-        logits, past = step(ids, mask, past)
-        return logits.roll(1, dims=2) if len(ids) > 1 else logits, past
+    def wrong(ids, past):
+        logits, past = step(ids, past)
+        return logits.roll(1, dims=2), past
 
-    loss = np.mean([found['reference_loss'] for found in reference_losses(model, read_split('tiny', 'test'))])
-    export.compare_lossy(model, step, (1, 8))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(':')[0].strip() for line in lines] == ['in fp32', 'exported, 1 at a time', 'exported, 8 at a time', 'reference loss']
-    assert all(line.endswith('100.00 % of greedy ids equal, over 6 test rows') for line in lines[:3])
-    assert lines[3] == f'  reference loss: {loss:.4f} nats per token in fp32, {loss:.4f} exported'
-    export.compare_lossy(model, swayed, (1, 8))
-    lines = capsys.readouterr().out.splitlines()
-    assert '100.00 % of greedy ids' in lines[1] and '100.00 % of greedy ids' not in lines[2]
+    export.compare_lossy(model, step)
+    assert capsys.readouterr().out == ('  in fp32: exact match 0.00 % of 6 test rows\n  exported: exact match 0.00 % of 6 test rows\n'
+                                       '  100.00 % of greedy ids equal\n')
+    export.compare_lossy(model, wrong)
+    assert ' 100.00 % of greedy ids equal\n' not in capsys.readouterr().out
+    # an exact match is one in the text
+    rows = [row | {'output': ' ' + get_tokenizer().decode(model.generate(encode_prompt(row), 8))} for row in read_split('tiny', 'test').meta['rows']]
+    read = export.read_test_split
+    monkeypatch.setattr(export, 'read_test_split', lambda *given: read(*given)._replace(meta=read(*given).meta | {'rows': rows}))
+    export.compare_lossy(model, step)
+    assert capsys.readouterr().out.count('exact match 100.00 % of 6 test rows') == 2
 
 
 def test_torchscript_without_this_repository(torchscript, model, tmp_path):
@@ -603,11 +615,11 @@ def test_a_test_split_that_cannot_be_answered(model, runs, monkeypatch):
     monkeypatch.chdir(runs)
     monkeypatch.setattr(export, 'dataset', 'absent')
     with pytest.raises(UserError, match='absent'):
-        export.compare_lossy(model, graph_step(model), (1,))
+        export.compare_lossy(model, graph_step(model))
     monkeypatch.setattr(export, 'dataset', 'tiny')
     short = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=32))
     with pytest.raises(UserError, match='has a test row of .* tokens, the model 32 positions'):
-        export.compare_lossy(short, graph_step(short), (1,))
+        export.compare_lossy(short, graph_step(short))
 
 
 def test_ids_beyond_the_tokenizers_are_left_out(tmp_path):
@@ -619,13 +631,11 @@ def test_ids_beyond_the_tokenizers_are_left_out(tmp_path):
     assert loaded.config.vocab_size == VOCAB_SIZE and torch.equal(loaded.wte.weight, model.wte.weight[:-1])
 
 
-def test_another_vocabulary(run, tmp_path):
-    """OpenAI's form, 257 ids: weights without a tokenizer, which would not fit."""
-    run('export.py', f'--init_from={ROOT}/tests/fixtures/openai-tiny', '--out_dir=out')
-    files = {path.name for path in (tmp_path / 'out/export/huggingface').iterdir()}
-    assert files == {'README.md', 'config.json', 'generation_config.json', 'model.safetensors'}
-    again, first = (GPT.from_pretrained(where).eval() for where in (tmp_path / 'out/export/huggingface', ROOT / 'tests/fixtures/openai-tiny'))
-    assert torch.equal(logits_of(again, [1, 2, 256]), logits_of(first, [1, 2, 256]))
+def test_another_vocabulary_is_refused(run, tmp_path):
+    """OpenAI's form, 257 ids: no format has a tokenizer for them."""
+    process = run('export.py', f'--init_from={ROOT}/tests/fixtures/openai-tiny', '--out_dir=out', code=2)
+    assert "openai-tiny has 257 ids, not the 50257 of GPT-2's tokenizer" in process.stderr
+    assert not (tmp_path / 'out/export').exists()
 
 
 @pytest.mark.parametrize('name', ['huggingface', 'gguf', 'torchscript'])
@@ -645,7 +655,7 @@ import sys, types, torch
 from model import GPT
 def from_pretrained(folder):
     model = GPT.from_pretrained(folder).eval()
-    def net(input_ids, attention_mask, past_key_values, use_cache):
+    def net(input_ids, past_key_values, use_cache):
         ids = input_ids if past_key_values is None else torch.cat((past_key_values, input_ids), dim=1)
         logits = model(ids)[:, -input_ids.size(1):]
         if past_key_values is None:
@@ -687,16 +697,16 @@ CONSUMERS = ['transformers', 'peft', 'llama_cpp', 'onnxruntime']
 def test_all_are_verified(huggingface, peft, gguf_folder, onnx, torchscript):
     for (_, printed), programs in ((huggingface, 1), (peft, 1), (gguf_folder, 3), (onnx, 1), (torchscript, 2)):
         assert printed.count('greedy ids of 3 of 3 prompts equal') == programs and 'not verified' not in printed
-    assert gguf_folder[1].count('exported, 1 at a time: exact match') == 2 and gguf_folder[1].count('exported\n') == 2
+    assert gguf_folder[1].count('  exported: exact match ') == gguf_folder[1].count(' % of greedy ids equal\n') == 2
 
 
 @needs('onnxruntime')
 def test_int8_in_transformers_js_layout(again, runs):
-    """One scale serves all values of a call, so what it costs is said of one prompt at a time and of several."""
+    """What it costs is said of one prompt at a time; and that one scale serves all values of a call."""
     printed = stage(runs, 'export.py', f'--out_dir={again}', '--to=onnx', '--onnx_type=int8', *FLAGS).stdout
-    for kind in 'in fp32', 'exported, 1 at a time', 'exported, 8 at a time':
+    for kind in 'in fp32', 'exported':
         assert f'  {kind}: exact match ' in printed
-    assert printed.count('% of greedy ids equal, over 6 test rows') == 3 and printed.count('reference loss: ') == 1
+    assert printed.count('% of greedy ids equal\n') == 1 and printed.count('  warning: int8 has one scale') == 1
     folder = again / 'export/onnx/onnx'
     assert sorted(path.name for path in folder.iterdir()) == ['model.onnx', 'model_quantized.onnx']
     assert (folder / 'model_quantized.onnx').stat().st_size < 0.8 * (folder / 'model.onnx').stat().st_size
@@ -718,8 +728,10 @@ def test_transformers_takes_the_folder(huggingface, model):
     row = {'instruction': 'Write the word cat.', 'input': 'Be brief.'}
     messages = [{'role': 'system', 'content': row['input']}, {'role': 'user', 'content': row['instruction']}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == format_prompt(row)
+    answered = [*messages, {'role': 'assistant', 'content': 'Cat.'}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == format_prompt(row) + 'Cat.<|endoftext|>'
     with pytest.raises(Exception, match='the last message must be one of the user'):
-        tokenizer.apply_chat_template([*messages, {'role': 'assistant', 'content': 'x'}], tokenize=False)
+        tokenizer.apply_chat_template(messages[:1], tokenize=False)
     generate = pipeline('text-generation', str(folder))
     answer = get_tokenizer().decode(model.generate(encode_prompt(row), 8))
     assert generate(messages, max_new_tokens=8)[0]['generated_text'][-1]['content'] == answer
@@ -735,17 +747,27 @@ def test_transformers_takes_the_folder(huggingface, model):
 
 
 @needs('trl', 'datasets')
-def test_trl_learns_to_stop(huggingface, tmp_path):
-    """TRL ends an answer with the text of the end-of-text: the exported tokenizer makes it 50256, the last label."""
+@pytest.mark.parametrize('kind', ['texts', 'messages'])
+def test_trl_learns_to_stop(huggingface, tmp_path, kind):
+    """The last label of a row is 50256, behind the answer's own: TRL writes the end-of-text itself, or our template does."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    rows = Dataset.from_list([{'prompt': format_prompt(row), 'completion': row['output']} for row in ROWS[:2]])
-    settings = SFTConfig(str(tmp_path), report_to='none', use_cpu=True, max_steps=1, per_device_train_batch_size=2, save_strategy='no')
-    trainer = SFTTrainer(str(huggingface[0]), args=settings, train_dataset=rows)
-    labels = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])['labels']
-    for row, its_labels in zip(ROWS, labels.tolist()):
-        learned = [label for label in its_labels if label != -100]
+    rows = []
+    for row in ROWS[:4]:
+        prompt, completion = format_prompt(row), row['output']
+        if kind == 'messages':
+            prompt = [{'role': 'user', 'content': row['instruction']}]
+            if row['input']:
+                prompt.insert(0, {'role': 'system', 'content': row['input']})
+            completion = [{'role': 'assistant', 'content': completion}]
+        rows.append({'prompt': prompt, 'completion': completion})
+    settings = SFTConfig(str(tmp_path), report_to='none', use_cpu=True, max_steps=1, per_device_train_batch_size=4, save_strategy='no')
+    trainer = SFTTrainer(str(huggingface[0]), args=settings, train_dataset=Dataset.from_list(rows))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    for row, ids, labels in zip(ROWS, batch['input_ids'].tolist(), batch['labels'].tolist()):
+        learned = [label for label in labels if label != -100]
         assert learned == get_tokenizer().encode_ordinary(row['output']) + [EOS]
+        assert ids[:len(encode_prompt(row))] == encode_prompt(row)
     trainer.train()
     assert np.isfinite(trainer.state.log_history[-1]['train_loss'])
 
@@ -780,7 +802,7 @@ def test_peft_takes_a_strong_adapter(tmp_path):
     step = export.read_peft(tmp_path, tmp_path / 'base-sft.pth')['peft']
     ids = torch.tensor([IDS])
     with torch.no_grad():
-        torch.testing.assert_close(step(ids, torch.ones_like(ids), None)[0][0], logits_of(model, IDS), rtol=0, atol=1e-5)
+        torch.testing.assert_close(step(ids, None)[0][0], logits_of(model, IDS), rtol=0, atol=1e-5)
 
 
 CAT = {'instruction': 'Write the word cat.', 'input': 'Be brief.'}
@@ -799,7 +821,7 @@ def test_llama_cpp_takes_the_file(gguf_folder, model):
     assert reply['choices'][0]['message']['content'].strip() == answer.strip()
     assert reply['usage']['prompt_tokens'] == len(encode_prompt(CAT))
     with pytest.raises(Exception, match='the last message must be one of the user'):
-        llama.create_chat_completion([*messages, {'role': 'assistant', 'content': 'x'}])
+        llama.create_chat_completion(messages[:1])
 
 
 @needs('xllamacpp')
@@ -857,10 +879,12 @@ def test_the_demo_answers_alike_everywhere(tmp_path_factory):
     answers = generate(model, prompts, 24)
     assert len(prompts) == 90 and sum(map(len, answers)) > 400 and len(set(map(tuple, answers))) > 40
     for name in formats:
-        for program, step in export.FORMATS[name].read(folder / 'out/demo/export' / name, '').items():
+        _, read, _ = export.FORMATS[name]
+        for program, step in read(folder / 'out/demo/export' / name, '').items():
             # torch's own programs keep no keys and values, and so take long
             n = 20 if name == 'torchscript' else len(prompts)
-            found = [export.greedy_ids(step, [prompt], 24, model.config.block_size)[0] for prompt in prompts[:n]]
+            with torch.no_grad():
+                found = [export.greedy_ids(step, prompt, 24) for prompt in prompts[:n]]
             assert found == answers[:n], program
     # and the exported folder is a model for sample.py, too
     again = GPT.from_pretrained(folder / 'out/demo/export/huggingface')
