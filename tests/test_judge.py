@@ -523,18 +523,19 @@ def test_questions_in_the_manner_of_mt_bench(judge, server, tmp_path):
         assert 1 <= len(question['turns']) <= 2
         assert len(question.get('reference', [])) in (0, len(question['turns']))
     single = next(n for n, question in enumerate(questions) if len(question['turns']) == 1)
-    two, alone = [n for n, question in enumerate(questions) if len(question['turns']) == 2][:2]
+    two, alone, half = [n for n, question in enumerate(questions) if len(question['turns']) == 2][:3]
     answered = [question | {'answers': ['Some words.'] * len(question['turns'])} for question in questions]
     answered[single]['answers'] = ['']
     answered[alone]['answers'] = ['The first turn alone.']
+    answered[half]['answers'] = ['The second turn is empty.', ' ']
     write(tmp_path / 'out', answered, 'question-answers.json')
     server.opinion = lambda prompt: f'It answers. [[{4 if len(fenced(prompt, "question")) == 2 else 8}]]'
     flags = '--judge_style=mtbench', '--predictions=out/question-answers.json'
     _, scores = judge(*flags, name='scores-mtbench.json')
-    assert [scores['rows'][n]['run']['score'] for n in (two, alone, single)] == [6, 8, 1]
+    assert [scores['rows'][n]['run']['score'] for n in (two, alone, half, single)] == [6, 8, 4.5, 1]
     assert scores['rows'][single]['run']['status'] == 'empty'
     assert set(scores['summary']['run']['families']) == {'all'} | {question['category'] for question in questions}
-    assert len(server.asked) == sum(len(row['answers']) for row in answered) - 1
+    assert len(server.asked) == sum(len(row['answers']) for row in answered) - 2
     assert 'format' not in server.asked[0]
     assert server.asked[0]['options']['num_predict'] > 500
     assert 'set --judge_style=mtbench' in judge(flags[1], code=2)[0].stderr
