@@ -1,6 +1,6 @@
 """Write a GPT-2 of two blocks with random weights as GGUF: python tiny_gguf.py PATH [--without_template]
 
-The vocabulary is that of single characters. The chat template, where there is one, writes "role: content" lines.
+The vocabulary is that of single characters. The chat template, where there is one, writes "role: content".
 """
 
 import sys
