@@ -45,8 +45,7 @@ def test_generate_computes_on_one_device_without_float64(sampling, precision):
 
 @pytest.mark.parametrize('flags', [
     (),
-    ('--packing=False', '--grad_clip=1.0'),
-    ('--gradient_accumulation_steps=2', '--loss_on=all'),
+    ('--packing=False', '--grad_clip=1.0', '--gradient_accumulation_steps=2', '--loss_on=all'),
     ('--sampled_softmax=100',),
     ('--lora_rank=4',),  # nothing is trained outside the blocks, and the gradients of all are gone when backward ends
     ('--lora_rank=4', '--lora_targets=mlp.c_fc', '--dtype=float16')])
