@@ -585,6 +585,7 @@ def encode_sources(sources, part, left_out, seen):
     Return (table, n_shared): an array with COLUMNS, and how many ids all prompts begin with.
     """
     numbers = array('q')
+    ids_at = text_at = 0  # bytes written; the files' own tell() would take a call of the system for each row
     shared = None
     bar = tqdm(read_sources(sources, left_out, seen), unit='row', disable=None)
     with open(part / 'ids', 'wb') as ids_file, open(part / 'rows', 'wb') as rows_file, bar:
@@ -594,12 +595,14 @@ def encode_sources(sources, part, left_out, seen):
             output = row['output']
             prompt = row['instruction'], row.get('input', '')
             is_cut = ids[-1:] != [EOS]
-            numbers.extend((source, ids_file.tell(), len(ids), header, answer, is_cut, END in output))
+            numbers.extend((source, ids_at, len(ids), header, answer, is_cut, END in output))
             prompt_key = hash(tuple(map(normalize, prompt)))
             answer_key = hash(output.strip())
-            numbers.extend((rows_file.tell(), len(text), hash((prompt, output)), prompt_key, answer_key))
+            numbers.extend((text_at, len(text), hash((prompt, output)), prompt_key, answer_key))
             ids_file.write(array('H', ids))
             rows_file.write(text)
+            ids_at += 2 * len(ids)
+            text_at += len(text)
             # the last id of a prompt is not shared: it predicts the answer's first, which is the row's own
             prompt_ids = ids[:answer - 1]
             if shared is None and ids:
