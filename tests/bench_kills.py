@@ -2,7 +2,7 @@
 Random SIGKILLs over prepare.py, train.py, sample.py and judge.py: a stage that was killed, at any time and as often as may be, and then
 started again, leaves the same as one that ran through.
 
-    python tests/bench_kills.py --kills=300     # about ten minutes of a core; Linux
+    python tests/bench_kills.py --kills=300     # Linux
 
 The time of a kill is drawn from the CPU time that the stage takes without one, so that a busy machine does not make all kills early ones.
 train.py is started again by --init_from=resume where there is a checkpoint, and now and then by the same command, as a fresh start.
@@ -59,6 +59,9 @@ def results(folder):
             import torch
             checkpoint = torch.load(path, weights_only=True)
             found[name] = [checkpoint['progress'], {key: weight.tolist() for key, weight in checkpoint['model'].items()}]
+        elif path.suffix == '.safetensors':  # its metadata tell the config, in which init_from is resume
+            from safetensors.numpy import load_file
+            found[name] = {key: weight.tolist() for key, weight in load_file(path).items()}
         elif path.suffix != '.html':  # the report tells when it was made
             found[name] = path.read_bytes()
     return found
