@@ -73,7 +73,6 @@ def test_visitors_habits_are_among_the_rows(splits):
     shares = {
         'one line': lambda row: not row['input'],
         'lower case': lambda row: row['instruction'].islower(),
-        'capitals': lambda row: row['input'].isupper(),
         'question': lambda row: row['input'].endswith('?'),
         'long': lambda row: len(words(row, ['input'])) >= 12,
     }
