@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # datasets 5.2.0 with pyarrow 26.0.1 and pandas 3.1.1.
-# Seen: a JSON Lines file whose answers all look like ISO dates ("2024-01-01") loads as a column of timestamps. Written
-#   back by to_json the answers are integers, milliseconds since 1970. One answer that is no date, or an empty one, and the
-#   column is text. "12:30" and "1" stay text; pyarrow.json alone does the same.
-# A good guess: JSON has texts and numbers; what stands in quotation marks comes back as text (types are guessed in CSV).
-# Why it matters: a data set for "when was ...?" or "rewrite this date", a small shard of one, or the test split of a
-#   category. A training target is then 1704067200000, and concatenation with a shard of texts fails. Naming the type,
-#   features=Features({'output': Value('string')}), is too late: it gives "2024-01-01 00:00:00". Reading the lines with
-#   json and Dataset.from_list keeps the text.
+# Seen: a JSON Lines file whose answers all look like ISO dates ("2024-01-01") loads as a column of timestamps.
+#   Written back by to_json the answers are integers, milliseconds since 1970. One answer that is no date, or an
+#   empty one, and the column is text. "12:30" and "1" stay text; pyarrow.json alone does the same.
+# A good guess: JSON has texts and numbers; what stands in quotation marks comes back as text (types are guessed
+#   in CSV).
+# Why it matters: a data set for "when was ...?" or "rewrite this date", a small shard of one, or the test split
+#   of a category. A training target is then 1704067200000, and concatenation with a shard of texts fails.
+#   Naming the type, features=Features({'output': Value('string')}), is too late: it gives "2024-01-01
+#   00:00:00". Reading the lines with json and Dataset.from_list keeps the text.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

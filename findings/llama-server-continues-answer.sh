@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# llama.cpp's server of October 2026 (xllamacpp 2026.10.11549), CPU; model: a random GPT-2 of two blocks, made here.
-# Seen: POST /v1/chat/completions whose last message is the assistant's: the server goes on with that message (no header of a
-#   new turn), and message.content of its reply begins with the client's own text; usage.completion_tokens counts the new
-#   tokens alone, and max_tokens limits these alone.
-# A good guess: either a new assistant turn is opened, or the text is continued and only the continuation comes back, as
-#   from a completion.
-# Why it matters: a client that appends the reply to what it sent has the start twice; a judge that prefills '{"score":' can
-#   parse the reply as it is here and nowhere else; tokens counted from the text and from usage differ.
+# llama.cpp's server of October 2026 (xllamacpp 2026.10.11549), CPU; model: a random GPT-2 of two blocks, made
+#   here.
+# Seen: POST /v1/chat/completions whose last message is the assistant's: the server goes on with that message
+#   (no header of a new turn), and message.content of its reply begins with the client's own text;
+#   usage.completion_tokens counts the new tokens alone, and max_tokens limits these alone.
+# A good guess: either a new assistant turn is opened, or the text is continued and only the continuation comes
+#   back, as from a completion.
+# Why it matters: a client that appends the reply to what it sent has the start twice; a judge that prefills
+#   '{"score":' can parse the reply as it is here and nowhere else; tokens counted from the text and from usage
+#   differ.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

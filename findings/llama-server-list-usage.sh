@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # llama.cpp's server of October 2026 (xllamacpp 2026.10.11549), CPU; model: tiny_gguf.py's.
-# Seen, POST /v1/completions: (1) a list of three prompts gets three choices, of 4 tokens each, and a usage of 4 completion
-#   tokens and the tokens of one prompt alone: the usage is that of a single choice. (2) max_tokens=0 generates one token,
-#   finish_reason "length". (3) max_tokens=2.7 is taken as 2, while "5" is refused.
+# Seen, POST /v1/completions: (1) a list of three prompts gets three choices, of 4 tokens each, and a usage of 4
+#   completion tokens and the tokens of one prompt alone: the usage is that of a single choice. (2) max_tokens=0
+#   generates one token, finish_reason "length". (3) max_tokens=2.7 is taken as 2, while "5" is refused.
 # A good guess: usage is the sum over the choices, as with OpenAI's API; 0 tokens are no tokens (or a refusal).
-# Why it matters: costs and speeds that are computed from usage are too small by the number of prompts. A harness that
-#   wants the prompt's probabilities alone (max_tokens=0 with echo) gets a token that it did not ask for.
+# Why it matters: costs and speeds that are computed from usage are too small by the number of prompts. A
+#   harness that wants the prompt's probabilities alone (max_tokens=0 with echo) gets a token that it did not
+#   ask for.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # node-llama-cpp 3.22.1 (npm), CPU; model: tiny_gguf.py's, add_bos_token false.
-# Seen: (1) without a chat template LlamaChatSession takes its "General" format and puts the begin-of-text in front of it,
-#   although the file says add_bos_token false and model.tokens.shouldPrependBosToken is false. LlamaCompletion and a file
-#   with a template don't. (2) With the file's own template a system message of the library's own stands before the user's:
-#   "You are a helpful, respectful and honest assistant. ...", three sentences that nobody sent; systemPrompt: "" leaves
-#   an empty system message.
-# A good guess: one setting decides about the begin-of-text everywhere, and the prompt is the template over one's messages.
-# Why it matters: for GPT-2 the begin-of-text is the end-of-text, the sign that the answer is over, and the model was tuned
-#   without either. Answers of the same file then differ between this client and llama.cpp's server, without a message.
-#   A template that leaves system messages out mends the second.
+# Seen: (1) without a chat template LlamaChatSession takes its "General" format and puts the begin-of-text in
+#   front of it, although the file says add_bos_token false and model.tokens.shouldPrependBosToken is false.
+#   LlamaCompletion and a file with a template don't. (2) With the file's own template a system message of the
+#   library's own stands before the user's: "You are a helpful, respectful and honest assistant. ...", three
+#   sentences that nobody sent; systemPrompt: "" leaves an empty system message.
+# A good guess: one setting decides about the begin-of-text everywhere, and the prompt is the template over
+#   one's messages.
+# Why it matters: for GPT-2 the begin-of-text is the end-of-text, the sign that the answer is over, and the
+#   model was tuned without either. Answers of the same file then differ between this client and llama.cpp's
+#   server, without a message. A template that leaves system messages out mends the second.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

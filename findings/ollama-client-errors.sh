@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # ollama 0.6.3 (Python client).
-# Seen: (1) a blank line inside a streamed answer raises json.JSONDecodeError after the first words. (2) {"error": ...} under
-#   status 200 is ollama.ResponseError in a stream and pydantic's ValidationError outside one. (3) A redirect (301) is followed by
-#   turning the POST into a GET: without its body, and without a word. (4) There is no time-out (None) and no retry of 503.
-# A good guess: blank lines between JSON lines are keep-alives and skipped; every error of the server is a ResponseError;
-#   a time-out of a minute or so, like the httpx that it is built on has one.
-# Why it matters: a server that speaks Ollama's dialect must send no blank keep-alive lines. A client of ours needs its own
-#   time-out and catches two more kinds of exceptions.
+# Seen: (1) a blank line inside a streamed answer raises json.JSONDecodeError after the first words. (2)
+#   {"error": ...} under status 200 is ollama.ResponseError in a stream and pydantic's ValidationError outside
+#   one. (3) A redirect (301) is followed by turning the POST into a GET: without its body, and without a word.
+#   (4) There is no time-out (None) and no retry of 503.
+# A good guess: blank lines between JSON lines are keep-alives and skipped; every error of the server is a
+#   ResponseError; a time-out of a minute or so, like the httpx that it is built on has one.
+# Why it matters: a server that speaks Ollama's dialect must send no blank keep-alive lines. A client of ours
+#   needs its own time-out and catches two more kinds of exceptions.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # onnxruntime 1.32.0 (CPU), against torch 2.13.0 and numpy 2.4.6.
-# Seen: for [1, nan, 5, 2] torch.argmax and numpy.argmax give the place of the nan, 1. ONNX Runtime's ArgMax gives 2, as
-#   if the nan were not there, and ReduceMax gives 5; but with the nan in front, [nan, 1, 5, 2], they give 0 and nan. TopK
-#   takes the nan as the largest wherever it stands.
+# Seen: for [1, nan, 5, 2] torch.argmax and numpy.argmax give the place of the nan, 1. ONNX Runtime's ArgMax
+#   gives 2, as if the nan were not there, and ReduceMax gives 5; but with the nan in front, [nan, 1, 5, 2],
+#   they give 0 and nan. TopK takes the nan as the largest wherever it stands.
 # A good guess: an exported torch.argmax agrees with torch.argmax, and a nan shows in a maximum.
-# Why it matters: a graph that picks its next token inside goes on with an ordinary id over damaged logits, where torch
-#   would answer one odd id for ever; a check "the greedy ids are those of torch" passes and proves nothing about nan. Ask
-#   the logits themselves (IsNaN), not their maximum.
+# Why it matters: a graph that picks its next token inside goes on with an ordinary id over damaged logits,
+#   where torch would answer one odd id for ever; a check "the greedy ids are those of torch" passes and proves
+#   nothing about nan. Ask the logits themselves (IsNaN), not their maximum.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # openai 3.57.0 (Python client).
-# Seen, chat.completions.create against answers of status 200 that are no answers: a page of HTML comes back as a str;
-#   {"error": {...}} as a ChatCompletion whose choices is None; numbers where texts belong stay numbers; with stream=True
-#   a whole answer in JSON, or a page, is a stream of nothing, that ends without an error; JSON that breaks off raises
-#   json.JSONDecodeError, which is not an openai.OpenAIError. In a stream, an event named "error" is one more chunk
-#   unless its data has the key "error".
+# Seen, chat.completions.create against answers of status 200 that are no answers: a page of HTML comes back as
+#   a str; {"error": {...}} as a ChatCompletion whose choices is None; numbers where texts belong stay numbers;
+#   with stream=True a whole answer in JSON, or a page, is a stream of nothing, that ends without an error; JSON
+#   that breaks off raises json.JSONDecodeError, which is not an openai.OpenAIError. In a stream, an event named
+#   "error" is one more chunk unless its data has the key "error".
 # A good guess: the client checks what it got (it is built on pydantic) and raises one of its own errors.
-# Why it matters: a base_url without /v1, a proxy's log-in page and a server that ignores `stream` are ordinary mistakes. They
-#   show as an AttributeError far away, or as an empty answer that is scored 0.
+# Why it matters: a base_url without /v1, a proxy's log-in page and a server that ignores `stream` are ordinary
+#   mistakes. They show as an AttributeError far away, or as an empty answer that is scored 0.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

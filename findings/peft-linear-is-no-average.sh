@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # peft 0.21.2 (transformers 5.24.0, torch 2.13.0, CPU).
-# Seen: add_weighted_adapter of two LoRA adapters, weights 0.5 and 0.5, combination_type='linear': the result's change of
-#   the weights is nowhere near half of the one plus half of the other (relative error about 1 for two independent
-#   adapters of equal rank). It sums the two factors, each times the root of its weight, and multiplies then, so that each
-#   adapter's A meets the other's B. 'cat' is exact, at the sum of the ranks.
+# Seen: add_weighted_adapter of two LoRA adapters, weights 0.5 and 0.5, combination_type='linear': the result's
+#   change of the weights is nowhere near half of the one plus half of the other (relative error about 1 for two
+#   independent adapters of equal rank). It sums the two factors, each times the root of its weight, and
+#   multiplies then, so that each adapter's A meets the other's B. 'cat' is exact, at the sum of the ranks.
 # A good guess: 'linear' is the weighted sum of the adapters' changes, as its name says.
-# Why it matters: averaging the adapters of several epochs or data sets is done with just this call. The combined adapter
-#   loads and answers; only a comparison with the sum shows that it is another model.
+# Why it matters: averaging the adapters of several epochs or data sets is done with just this call. The
+#   combined adapter loads and answers; only a comparison with the sum shows that it is another model.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

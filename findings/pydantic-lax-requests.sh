@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # pydantic 2.14.4 (the bodies of requests in FastAPI).
-# Seen, from JSON into int, float and bool: "5", "5.0", " 7 ", "1_000" and true are whole numbers (5, 5, 7, 1000, 1), and so
-#   is 1e3, but "1e3" is refused; "1_0.5" is the float 10.5; "off", "f", "0" and 0.0 are False. A whole number of 23 digits
-#   passes as an int, 1e30 does not. ge and le refuse nan, multiple_of lets it pass. Written, nan and inf become null.
-# A good guess: "5" and 5.0 are taken, as the docs' table says; underscores are Python's source code, not JSON's; true is no
-#   number; nan fails any bound; what a model wrote it can read again.
-# Why it matters: the field's clients send max_tokens as text, and strict servers refuse what this takes: a request that
-#   works here is no proof of a right client. A score or a time that is nan arrives as null. ConfigDict(strict=True) takes
-#   none of them (an int for a float excepted).
+# Seen, from JSON into int, float and bool: "5", "5.0", " 7 ", "1_000" and true are whole numbers (5, 5, 7,
+#   1000, 1), and so is 1e3, but "1e3" is refused; "1_0.5" is the float 10.5; "off", "f", "0" and 0.0 are False.
+#   A whole number of 23 digits passes as an int, 1e30 does not. ge and le refuse nan, multiple_of lets it pass.
+#   Written, nan and inf become null.
+# A good guess: "5" and 5.0 are taken, as the docs' table says; underscores are Python's source code, not
+#   JSON's; true is no number; nan fails any bound; what a model wrote it can read again.
+# Why it matters: the field's clients send max_tokens as text, and strict servers refuse what this takes: a
+#   request that works here is no proof of a right client. A score or a time that is nan arrives as null.
+#   ConfigDict(strict=True) takes none of them (an int for a float excepted).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

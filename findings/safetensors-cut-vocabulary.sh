@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # torch 2.13.0, safetensors 0.8.0, huggingface_hub 2.4.0.
-# Seen: a vocabulary padded from 257 to 512 rows is cut back, weight[:257], and written. torch.save writes all 512 rows (the
-#   file is twice as large, and loading shows 257); safetensors' save_file writes the 257; huggingface_hub's
-#   save_torch_state_dict, which is made for this very format, raises RuntimeError: it finds no name that covers the
-#   whole memory. Two halves of one tensor under two names: save_file writes both, save_torch_state_dict raises as well.
-#   With .clone() all three write the rows that are meant.
-# A good guess: a view is its values, at most torch.save keeps its memory; one library of the same house does as the other.
-# Why it matters: q, k and v split out of c_attn, and embeddings cut from nanoGPT's 50,304 rows to 50,257, are such views: an
-#   export works with one writer and ends in an error, or in a larger file with the padding in it, with another.
+# Seen: a vocabulary padded from 257 to 512 rows is cut back, weight[:257], and written. torch.save writes all
+#   512 rows (the file is twice as large, and loading shows 257); safetensors' save_file writes the 257;
+#   huggingface_hub's save_torch_state_dict, which is made for this very format, raises RuntimeError: it finds
+#   no name that covers the whole memory. Two halves of one tensor under two names: save_file writes both,
+#   save_torch_state_dict raises as well. With .clone() all three write the rows that are meant.
+# A good guess: a view is its values, at most torch.save keeps its memory; one library of the same house does as
+#   the other.
+# Why it matters: q, k and v split out of c_attn, and embeddings cut from nanoGPT's 50,304 rows to 50,257, are
+#   such views: an export works with one writer and ends in an error, or in a larger file with the padding in
+#   it, with another.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # scipy 1.17.1.
-# Seen: two models are compared on 50 prompts; 45 scores are equal and five are better by one point. wilcoxon() of the
-#   differences says p = 0.025. The same five differences alone, without the 45 zeros that it leaves out anyway, say
-#   p = 0.0625, the least that five can say, and method='exact' says so with and without the zeros. The zeros are left out
-#   of the ranks, but they count where the method is chosen: with zeros or equal differences it takes the normal
-#   approximation from 14 rows on, however few of them differ.
-# A good guess: zeros are dropped (zero_method='wilcox' is the default), so rows without a difference change nothing.
-# Why it matters: on exact match, or on a judge's whole numbers, most pairs are equal. Five wins in five look significant
-#   at 0.05 beside 45 ties, and are not. Drop the zeros oneself, or say method='exact'.
+# Seen: two models are compared on 50 prompts; 45 scores are equal and five are better by one point. wilcoxon()
+#   of the differences says p = 0.025. The same five differences alone, without the 45 zeros that it leaves out
+#   anyway, say p = 0.0625, the least that five can say, and method='exact' says so with and without the zeros.
+#   The zeros are left out of the ranks, but they count where the method is chosen: with zeros or equal
+#   differences it takes the normal approximation from 14 rows on, however few of them differ.
+# A good guess: zeros are dropped (zero_method='wilcox' is the default), so rows without a difference change
+#   nothing.
+# Why it matters: on exact match, or on a judge's whole numbers, most pairs are equal. Five wins in five look
+#   significant at 0.05 beside 45 ties, and are not. Drop the zeros oneself, or say method='exact'.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU.
-# Seen: load_state_dict(..., assign=True) makes two parameters of a tied pair, even where both names of the file stand on
-#   one memory, as torch.load gives them back. The result says "All keys matched successfully". Both parameters then lie on
-#   that one memory, each with a gradient of its own, and an optimizer moves the same numbers twice a step: AdamW with
-#   lr 0.1 moves wte by 0.2 in its first step. With assign=False it moves by 0.1.
+# Seen: load_state_dict(..., assign=True) makes two parameters of a tied pair, even where both names of the file
+#   stand on one memory, as torch.load gives them back. The result says "All keys matched successfully". Both
+#   parameters then lie on that one memory, each with a gradient of its own, and an optimizer moves the same
+#   numbers twice a step: AdamW with lr 0.1 moves wte by 0.2 in its first step. With assign=False it moves by
+#   0.1.
 # A good guess: one tensor in the file means one parameter in the model; at worst a copy each.
-# Why it matters: assign=True is what one uses to load into a meta model without a second copy. data_ptr() is equal
-#   afterwards, so the usual check of a tie passes; `is` and the number of parameters show it. Tie again after loading.
+# Why it matters: assign=True is what one uses to load into a meta model without a second copy. data_ptr() is
+#   equal afterwards, so the usual check of a tie passes; `is` and the number of parameters show it. Tie again
+#   after loading.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU.
-# Seen: every iter() of a DataLoader draws a number from torch's global generator, with shuffle=False and num_workers=0
-#   too. An evaluation between two training steps thus changes the dropout masks and the samples that follow it.
-#   generator=torch.Generator() in the loader leaves the global state alone.
+# Seen: every iter() of a DataLoader draws a number from torch's global generator, with shuffle=False and
+#   num_workers=0 too. An evaluation between two training steps thus changes the dropout masks and the samples
+#   that follow it. generator=torch.Generator() in the loader leaves the global state alone.
 # A good guess: a loader that does not shuffle and has no workers has nothing to draw.
-# Why it matters: two runs that differ in eval_interval alone have different losses from the first evaluation on, and a run
-#   resumed in the middle, restored to the bit with its random state, is equal to the straight one only if it evaluates at
-#   the same steps.
+# Why it matters: two runs that differ in eval_interval alone have different losses from the first evaluation
+#   on, and a run resumed in the middle, restored to the bit with its random state, is equal to the straight one
+#   only if it evaluates at the same steps.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

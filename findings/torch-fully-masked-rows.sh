@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU.
-# Seen: a query that may attend to nothing gets zeros from F.scaled_dot_product_attention, with a bool mask and with -inf, in
-#   the math and the flash kernel alike, and finite gradients. A float mask with the least finite number
-#   (torch.finfo(dtype).min) gives the plain mean over all values, the future and other rows included; masks of -inf in
-#   a softmax written out give nan. nn.MultiheadAttention in training gives nan with need_weights=True (the default) and
-#   none with need_weights=False.
+# Seen: a query that may attend to nothing gets zeros from F.scaled_dot_product_attention, with a bool mask and
+#   with -inf, in the math and the flash kernel alike, and finite gradients. A float mask with the least finite
+#   number (torch.finfo(dtype).min) gives the plain mean over all values, the future and other rows included;
+#   masks of -inf in a softmax written out give nan. nn.MultiheadAttention in training gives nan with
+#   need_weights=True (the default) and none with need_weights=False.
 # A good guess: nan everywhere but with finfo.min, which is used to avoid it and harms nobody.
-# Why it matters: "no nan" proves nothing about padding. A left-padded or packed row with a hole in its mask is silently
-#   zero here and silently a mean over its neighbours there, so the same fault gives different losses in two code bases.
+# Why it matters: "no nan" proves nothing about padding. A left-padded or packed row with a hole in its mask is
+#   silently zero here and silently a mean over its neighbours there, so the same fault gives different losses
+#   in two code bases.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU (seen on two x86-64 machines; the exact figure may differ with the vector unit).
-# Seen: torch.linalg.vector_norm of 38.6 million equal fp32 values (the shape of GPT-2's wte) is 1.8 % too small, and
-#   clip_grad_norm_ therefore leaves a norm of 1.018 where 1.0 was asked. The norm of the norms of the rows is right to
-#   5e-5, and so is the norm computed in float64. For normally distributed values the error is 0.3 %.
+# Seen: torch.linalg.vector_norm of 38.6 million equal fp32 values (the shape of GPT-2's wte) is 1.8 % too
+#   small, and clip_grad_norm_ therefore leaves a norm of 1.018 where 1.0 was asked. The norm of the norms of
+#   the rows is right to 5e-5, and so is the norm computed in float64. For normally distributed values the error
+#   is 0.3 %.
 # A good guess: a sum of squares in fp32 is done pairwise, as torch.sum does it, and is right to 1e-6 or so.
-# Why it matters: wte's gradient is one such tensor. A test that compares the clipped norm with an independent one to
-#   1e-3 fails on Small and passes on a toy model, and sharded training (which adds norms of pieces) clips otherwise.
+# Why it matters: wte's gradient is one such tensor. A test that compares the clipped norm with an independent
+#   one to 1e-3 fails on Small and passes on a toy model, and sharded training (which adds norms of pieces)
+#   clips otherwise.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU.
-# Seen: AdamW.load_state_dict(other.state_dict()) takes the other optimizer's tensors as they are: both moments and the
-#   step counter are shared, so a step of one changes the other, with every implementation (fused, foreach, plain). And it
-#   takes every setting of the group, `fused`, lr and weight_decay too: an optimizer made with fused=True is not fused
-#   afterwards if the file's was not.
+# Seen: AdamW.load_state_dict(other.state_dict()) takes the other optimizer's tensors as they are: both moments
+#   and the step counter are shared, so a step of one changes the other, with every implementation (fused,
+#   foreach, plain). And it takes every setting of the group, `fused`, lr and weight_decay too: an optimizer
+#   made with fused=True is not fused afterwards if the file's was not.
 # A good guess: load_state_dict copies, as Module.load_state_dict does, and what the constructor was given as an
 #   implementation stays.
-# Why it matters: two runs branched off one state in one process (an A/B of learning rates, a rollback after a diverged
-#   step) corrupt each other in silence: the second one's bias correction counts the first one's steps. A checkpoint on
-#   disk is safe. And a resume with another learning_rate in the config goes on with the old one.
+# Why it matters: two runs branched off one state in one process (an A/B of learning rates, a rollback after a
+#   diverged step) corrupt each other in silence: the second one's bias correction counts the first one's steps.
+#   A checkpoint on disk is safe. And a resume with another learning_rate in the config goes on with the old
+#   one.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

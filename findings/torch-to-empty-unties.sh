@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU.
-# Seen: a GPT-2 made on the meta device has wte.weight and lm_head.weight as one parameter. After Module.to_empty() they
-#   are two parameters with two memories; Module.to() on an ordinary model keeps them one. Nothing is printed.
+# Seen: a GPT-2 made on the meta device has wte.weight and lm_head.weight as one parameter. After
+#   Module.to_empty() they are two parameters with two memories; Module.to() on an ordinary model keeps them
+#   one. Nothing is printed.
 # A good guess: to_empty() keeps the tie, as to() does. Both go through the same private method.
-# Why it matters: building on meta and filling with to_empty() is the usual way to load a large model without a first
-#   random copy. The model then trains an output layer of its own (39 M parameters more on GPT-2 Small), is a third
-#   larger on disk, and no longer is GPT-2. Tie the weights again after to_empty().
+# Why it matters: building on meta and filling with to_empty() is the usual way to load a large model without a
+#   first random copy. The model then trains an output layer of its own (39 M parameters more on GPT-2 Small),
+#   is a third larger on disk, and no longer is GPT-2. Tie the weights again after to_empty().
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # torch 2.13.0 and onnxruntime 1.32.0, CPU.
-# Seen: where several logits are the largest, argmax and topk(1) give the lowest id, but topk(3) lists the same ties the
-#   other way round (40000, 20000, 100), and sort gives 100 first and then 40000 before 20000 unless stable=True. ONNX
-#   Runtime's TopK lists them in rising order.
-# A good guess: topk(k) and sort start with what argmax returns, and equal values stay in the order of their ids.
-# Why it matters: a sampler that takes topk(k) and then the first of it at temperature 0 is not greedy. Exact ties look
-#   like a corner case, but in bfloat16 the two best of 50,257 logits are equal in several of a hundred positions (the
-#   script counts), so "batched equals single" or "exported equals ours" fails there although nothing is wrong.
+# Seen: where several logits are the largest, argmax and topk(1) give the lowest id, but topk(3) lists the same
+#   ties the other way round (40000, 20000, 100), and sort gives 100 first and then 40000 before 20000 unless
+#   stable=True. ONNX Runtime's TopK lists them in rising order.
+# A good guess: topk(k) and sort start with what argmax returns, and equal values stay in the order of their
+#   ids.
+# Why it matters: a sampler that takes topk(k) and then the first of it at temperature 0 is not greedy. Exact
+#   ties look like a corner case, but in bfloat16 the two best of 50,257 logits are equal in several of a
+#   hundred positions (the script counts), so "batched equals single" or "exported equals ours" fails there
+#   although nothing is wrong.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, CPU).
-# Seen: Trainer's train loss is the same for batches of 1, 2 and 8 rows with accumulation to 8 (it divides by the targets of the
-#   whole step), to 1e-6. Its eval_loss of the same rows is another for 1 and 2 than for 8, by 0.018 here: the mean over
-#   batches of the means over targets, so a target in a short answer weighs more.
+# Seen: Trainer's train loss is the same for batches of 1, 2 and 8 rows with accumulation to 8 (it divides by
+#   the targets of the whole step), to 1e-6. Its eval_loss of the same rows is another for 1 and 2 than for 8,
+#   by 0.018 here: the mean over batches of the means over targets, so a target in a short answer weighs more.
 # A good guess: since the counting of targets over the step was mended in training, evaluation counts them too.
-# Why it matters: eval_loss decides about early stopping and the best checkpoint, and cannot be compared between two machines with
-#   another per_device_eval_batch_size. With batches of one row it is the mean over rows.
+# Why it matters: eval_loss decides about early stopping and the best checkpoint, and cannot be compared between
+#   two machines with another per_device_eval_batch_size. With batches of one row it is the mean over rows.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, CPU).
-# Seen: Trainer divides GPT-2's loss by the number of labels that are not -100, the first label of each row included, though
-#   nothing predicts it. On rows of 4 tokens, all of them labels, it logs 3/4 of the true loss, in training and in
-#   evaluation alike, and the gradients are 3/4 of the true ones. LlamaForCausalLM on the same rows is right: Trainer
-#   leaves the first label out where the model says loss_type 'ForCausalLM', which it takes from the name of the class;
-#   GPT2LMHeadModel has None.
+# Seen: Trainer divides GPT-2's loss by the number of labels that are not -100, the first label of each row
+#   included, though nothing predicts it. On rows of 4 tokens, all of them labels, it logs 3/4 of the true loss,
+#   in training and in evaluation alike, and the gradients are 3/4 of the true ones. LlamaForCausalLM on the
+#   same rows is right: Trainer leaves the first label out where the model says loss_type 'ForCausalLM', which
+#   it takes from the name of the class; GPT2LMHeadModel has None.
 # A good guess: both are the mean over the targets, as model(...).loss is.
-# Why it matters: a loss, a perplexity or a gradient norm of such a run cannot be compared with another code base's. Short
-#   rows that train on the prompt, too, are off by several per cent; response-only labels are right, as their first is -100.
+# Why it matters: a loss, a perplexity or a gradient norm of such a run cannot be compared with another code
+#   base's. Short rows that train on the prompt, too, are off by several per cent; response-only labels are
+#   right, as their first is -100.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, safetensors 0.8.0, CPU).
-# Seen: config.json of a GPT-2 folder says tie_word_embeddings true, and model.safetensors holds both transformer.wte.weight and
-#   another lm_head.weight. from_pretrained keeps the two apart: logits come from the file's lm_head, and the model has two
-#   parameters, while model.config still says that they are tied. A warning is logged; the loading info names nothing missing,
-#   unexpected or mismatched. Where the two are equal, it ties them.
+# Seen: config.json of a GPT-2 folder says tie_word_embeddings true, and model.safetensors holds both
+#   transformer.wte.weight and another lm_head.weight. from_pretrained keeps the two apart: logits come from the
+#   file's lm_head, and the model has two parameters, while model.config still says that they are tied. A
+#   warning is logged; the loading info names nothing missing, unexpected or mismatched. Where the two are
+#   equal, it ties them.
 # A good guess: the configuration decides; lm_head.weight is unexpected and left out.
-# Why it matters: a tie that was lost in training (see torch-to-empty-unties.sh) shows in no check of the configuration or of
-#   the loading info; a file that is right to the last bit but for one changed embedding row (say a new token)
-#   goes on untied, and tuning it further trains 39 M parameters more on Small. `lm_head.weight is wte.weight` tells.
+# Why it matters: a tie that was lost in training (see torch-to-empty-unties.sh) shows in no check of the
+#   configuration or of the loading info; a file that is right to the last bit but for one changed embedding row
+#   (say a new token) goes on untied, and tuning it further trains 39 M parameters more on Small.
+#   `lm_head.weight is wte.weight` tells.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

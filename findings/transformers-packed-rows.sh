@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, CPU, attention 'sdpa').
-# Seen: two rows in one sequence, told apart by position_ids that start at 0 again: GPT2LMHeadModel keeps them apart with
-#   use_cache=False, and lets the second see the first with use_cache=True, which is the default, or with an
-#   attention_mask of ones. The logits differ by far more than rounding and nothing is printed.
+# Seen: two rows in one sequence, told apart by position_ids that start at 0 again: GPT2LMHeadModel keeps them
+#   apart with use_cache=False, and lets the second see the first with use_cache=True, which is the default, or
+#   with an attention_mask of ones. The logits differ by far more than rounding and nothing is printed.
 # A good guess: either position_ids never change the mask (they are mere positions), or they always do; and that
 #   use_cache and a mask of ones change nothing but speed.
-# Why it matters: training switches the cache off (Trainer with checkpointing, TRL), so it is right; a plain forward on
-#   the same packed batch, in an evaluation of one's own or a test, sees across the rows and gives another loss.
+# Why it matters: training switches the cache off (Trainer with checkpointing, TRL), so it is right; a plain
+#   forward on the same packed batch, in an evaluation of one's own or a test, sees across the rows and gives
+#   another loss.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

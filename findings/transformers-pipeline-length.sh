@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, CPU).
-# Seen: pipeline('text-generation') of a folder whose generation_config.json says nothing of lengths makes up to 256 new
-#   tokens; generate() of the same model makes 20. With "max_length": 40 in that file both make 40 less the prompt, with
-#   "max_new_tokens": 30 both make 30.
-# A good guess: the pipeline calls generate(), so both have one default; and a default of 256 new tokens given by the
-#   pipeline would be stronger than a max_length out of a file.
-# Why it matters: a model card's figures from generate() and a user's from the pipeline differ in answers cut after 20
-#   tokens. A folder whose answers should be as long anywhere says max_new_tokens in generation_config.json itself.
+# Seen: pipeline('text-generation') of a folder whose generation_config.json says nothing of lengths makes up to
+#   256 new tokens; generate() of the same model makes 20. With "max_length": 40 in that file both make 40 less
+#   the prompt, with "max_new_tokens": 30 both make 30.
+# A good guess: the pipeline calls generate(), so both have one default; and a default of 256 new tokens given
+#   by the pipeline would be stronger than a max_length out of a file.
+# Why it matters: a model card's figures from generate() and a user's from the pipeline differ in answers cut
+#   after 20 tokens. A folder whose answers should be as long anywhere says max_new_tokens in
+#   generation_config.json itself.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

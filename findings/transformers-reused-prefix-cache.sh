@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # transformers 5.24.0 (torch 2.13.0, CPU).
-# Seen: a DynamicCache filled with a common prefix is handed to generate() for one prompt after another. The first answer is
-#   right. generate() leaves prompt and answer in the cache, and the second call does not notice: it answers another text
-#   than without a cache, with no error and no warning of it. copy.deepcopy(cache) for each call is right every time.
+# Seen: a DynamicCache filled with a common prefix is handed to generate() for one prompt after another. The
+#   first answer is right. generate() leaves prompt and answer in the cache, and the second call does not
+#   notice: it answers another text than without a cache, with no error and no warning of it.
+#   copy.deepcopy(cache) for each call is right every time.
 # A good guess: the cache comes back as it went in, or a cache that does not fit the prompt is refused.
-# Why it matters: all prompts of an instruction template share their first tokens (24 of about 38 on the rows of chapter
-#   7), so a shared prefix is the first speed-up that one tries, and a check on one prompt passes.
+# Why it matters: all prompts of an instruction template share their first tokens (24 of about 38 on the rows of
+#   chapter 7), so a shared prefix is the first speed-up that one tries, and a check on one prompt passes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

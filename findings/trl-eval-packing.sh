@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # trl 1.16.0 with transformers 5.24.0 (torch 2.13.0, CPU).
-# Seen: SFTConfig(packing=False, eval_packing=True) packs the evaluation rows and then lets them see each other: at learning
-#   rate 0 the eval loss of three rows differs from the train loss of the same three (7.05 for 6.57 here). With
-#   packing=True for both, rows are kept apart and both losses are equal. Which collator is used, the one that keeps rows
-#   apart or the ordinary one, is decided by `packing` alone.
+# Seen: SFTConfig(packing=False, eval_packing=True) packs the evaluation rows and then lets them see each other:
+#   at learning rate 0 the eval loss of three rows differs from the train loss of the same three (7.05 for 6.57
+#   here). With packing=True for both, rows are kept apart and both losses are equal. Which collator is used,
+#   the one that keeps rows apart or the ordinary one, is decided by `packing` alone.
 # A good guess: eval_packing changes the speed of an evaluation, not its result.
-# Why it matters: an evaluation is where one packs most readily, as nothing is learned there. The val loss then is of another
-#   task, and early stopping and the choice of the best checkpoint go by it.
+# Why it matters: an evaluation is where one packs most readily, as nothing is learned there. The val loss then
+#   is of another task, and early stopping and the choice of the best checkpoint go by it.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

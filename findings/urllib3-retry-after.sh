@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # urllib3 2.8.0.
-# Seen: Retry(3, status_forcelist=[]), and even the plain number retries=3, sends a GET that is answered 413, 429 or 503 with
-#   a Retry-After four times. Without that header it is sent once. A POST is sent once unless allowed_methods=None; then
-#   it, too, is repeated four times although status_forcelist names other codes. At the end the last answer is returned,
-#   where a code of status_forcelist raises MaxRetryError. A 500 with Retry-After is not repeated.
+# Seen: Retry(3, status_forcelist=[]), and even the plain number retries=3, sends a GET that is answered 413,
+#   429 or 503 with a Retry-After four times. Without that header it is sent once. A POST is sent once unless
+#   allowed_methods=None; then it, too, is repeated four times although status_forcelist names other codes. At
+#   the end the last answer is returned, where a code of status_forcelist raises MaxRetryError. A 500 with
+#   Retry-After is not repeated.
 # A good guess: status_forcelist is the list of the codes that are retried, and an empty one retries none.
-# Why it matters: a judge that opens up POST (allowed_methods=None) and counts its own tries on top asks four times as
-#   often as it says, and waits as long as the server asks for: the number of requests and the time-out are the server's
-#   to choose. respect_retry_after_header=False makes status_forcelist the whole list.
+# Why it matters: a judge that opens up POST (allowed_methods=None) and counts its own tries on top asks four
+#   times as often as it says, and waits as long as the server asks for: the number of requests and the time-out
+#   are the server's to choose. respect_retry_after_header=False makes status_forcelist the whole list.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
