@@ -223,7 +223,10 @@ def final_size(text):
     # for example 'or pay' is final in 'or pay with 4111 1111': more digits may come
     size = len(text) - LAST.match(text[::-1]).end()
     begun = IBAN_BEGUN.search(text[:size], max(0, size - 70))
-    return begun.start() if begun else size
+    if begun:
+        size = begun.start()
+    # the space before the rest belongs to its first token
+    return size - 1 if text[:size][-1:].isspace() else size
 
 
 # -----------------------------------------------------------------------------
