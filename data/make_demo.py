@@ -18,7 +18,7 @@ from pathlib import Path
 from start_model import write_start_model
 
 SEED = 123
-TRAIN, TEST, UNSEEN, VAL = 96_000, 600, 300, 300  # rows; the test split holds TEST and UNSEEN
+TRAIN, TEST, UNSEEN, VAL = 80_000, 600, 300, 300  # rows; the test split holds TEST and UNSEEN
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
 # words
