@@ -1,5 +1,5 @@
 """
-Every performance figure of the documentation, as Markdown tables; with peers, where requirements-bench.txt is installed.
+Every performance figure of the documentation, as Markdown tables; with peers, where requirements-dev.txt is installed.
 
     python tests/bench.py                                # medium's shape, the 1,100 rows if prepared: an hour with peers
     python tests/bench.py --quick                        # a tiny model: some minutes
