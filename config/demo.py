@@ -1,5 +1,5 @@
 """
-A small GPT learns twenty families of tasks on two cores: to rearrange the words of its prompt.
+A small GPT learns nineteen families of tasks on two cores: to rearrange the words of its prompt.
 
     make demo                             # or, one by one:
     python data/make_demo.py              # writes the rows and the model to start from

@@ -261,11 +261,6 @@ def some_words(rng, words, least, most):
 NUMBERS = 'zero one two three four five six seven eight'.split()
 
 
-def reverse(rng, words):
-    some = some_words(rng, words, 2, rng.randint(3, 6))  # short lists are the commonest
-    return listed(some), 'Reversed: ' + listed(some[::-1])
-
-
 def counting(rng, words):
     some = some_words(rng, words, 2, 8)
     return listed(some), f'There are {NUMBERS[len(some)]} words in the list.'
@@ -425,9 +420,6 @@ TASKS = [  # family, weight, what draws them, wordings, whether the answer is ma
         '(Rewrite|Put|Change) the phrase (in|into|to) the plural.', 'Make the (noun|phrase) plural.', 'Change the noun in this phrase to the plural: {}',
         'In the plural: {}', 'Make this plural: {}'], False),
     ('categories', 70, category, CATEGORY, False),
-    ('reversing', 120, reverse, [
-        'Reverse( the order of|) (these words|this list|the list|the words): {}', '(Write|Put) (this list|these words) in( the|) reverse order: {}',
-        'Reverse (the|this) list.', '(Reverse|Backwards|In reverse|Reversed): {}', 'Turn (the|this) list around.', 'List these words backwards: {}'], True),
     ('counting', 60, counting, [
         'Count the words( in the list| in this list|).', 'How many words (are|stand) in (the|this) list?', 'How many words does (the following|this) list have?',
         'Count (the words in this list|these words|the words|these): {}', 'How many( words|)? {}', 'Number of words: {}'], True),
