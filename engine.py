@@ -312,14 +312,14 @@ class Scheduler:
     def schedule(self):
         """Let sequences join: [(sequence, number of its ids to compute)] of all that run; which joined."""
         n_prefix = len(self.prefix)
-        room = self.step_size - sum(sequence.n_left for sequence in self.running)
+        room_to_join = self.step_size - sum(sequence.n_left for sequence in self.running)
         joined = []
-        while room > 0 and self.waiting and self.has_room(self.waiting[0]):
+        while room_to_join > 0 and self.waiting and self.has_room(self.waiting[0]):
             sequence = self.waiting.popleft()
             # at least one id behind the prefix is computed, as the next one depends on it
             if len(sequence.ids) > n_prefix and sequence.ids[:n_prefix] == self.prefix:
                 sequence.n_cached = n_prefix
-            room -= sequence.n_left
+            room_to_join -= sequence.n_left
             self.running.append(sequence)
             joined.append(sequence)
         # each gets what it has left until the step is full; those that decode are first, and so always get it
@@ -469,7 +469,8 @@ class Engine:
         a step's N positions to the cache, and lets each position see the earlier ones of its sequence.
         """
         layers = iter(self.cache.layers)
-        # those that decode are the first slots; in one call, they see as far as each one's position
+        # those with one id come first, mostly because they decode; one call serves them all, each seeing as
+        # far as its own position
         decoding = []
         for sequence, n_ids in batch:
             if n_ids != 1:

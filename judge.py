@@ -78,7 +78,7 @@ class Entry(NamedTuple):
     questions: list  # a text for each turn, as answers and references
     answers: list
     references: list  # the correct answers, [] if the row has none
-    groups: set  # what it is averaged with: 'all', and by name its family, its source, the file it is from
+    groups: set  # the averages that it counts in: 'all', its family, category, source and source file
 
 
 def to_entry(row):
@@ -608,7 +608,7 @@ def jackknife(statistic, stats, scale=()):
     is not defined. For a mean, which is the ratio of a sum and a number, this is Student's t.
 
     stats (n, k): what is summed; statistic: sums (k,) -> a number, nan where it is not defined. scale: the
-    ends of the scale that a mean is on. Half a row is added at either, since few or equal scores tell less
+    ends of the scale that a mean is on. Half a row is added at each end: few or equal scores tell less
     than they seem to: ten answers of score 100 do not show that all have it.
     """
     found = {'value': statistic(stats.sum(0)), 'low': None, 'high': None, 'n': len(stats)}
@@ -670,7 +670,7 @@ CORPUS_CHRF = CHRF()
 
 
 def bleu(sums):
-    """sums: how many references have four tokens, without which it is 0, and sacrebleu's counts."""
+    """sums: the number of references of four tokens or more, then sacrebleu's counts; nan without one."""
     if not sums[0]:
         return math.nan
     return CORPUS_BLEU._compute_score_from_stats(sums[1:].astype(int).tolist()).score
@@ -867,12 +867,12 @@ def write_report(path, scores, curves):
 # the stage
 
 def numbers_by_group(entries):
-    """{group: the numbers of its rows}, the largest group first, which is 'all'."""
+    """{group: the numbers of its rows}, 'all' first, then the largest."""
     numbers = defaultdict(list)
     for number, entry in enumerate(entries):
         for group in entry.groups:
             numbers[group].append(number)
-    groups = sorted(numbers, key=lambda group: (-len(numbers[group]), group))
+    groups = sorted(numbers, key=lambda group: (group != 'all', -len(numbers[group]), group))
     return {group: numbers[group] for group in groups}
 
 

@@ -219,7 +219,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256):
         """
-        A prompt's ids (a list) -> the list of new ids, up to an end-of-text, which is left out. This is the
+        A prompt's ids (a list) -> the list of new ids, up to an end-of-text, which is left out. Call
+        model.eval() first where the model has dropout. This is the
         definition: engine.generate gives the same ids, of many prompts at once, with a cache.
         """
         rng = random_numbers(ids, seed)
@@ -291,14 +292,14 @@ def sample_token(logits, temperature, top_k, rng):
 
 def fingerprint(tensors):
     """
-    {name: tensor} -> 64 hex digits that tell these weights from others: the sha256 of names, shapes and up to
-    4,096 values of each tensor. Any training changes it, and 1.5 billion weights take a tenth of a second.
+    {name: tensor} -> 64 hex digits that tell these weights from others: the sha256 of names, shapes and at
+    most 8,191 values of each tensor. Any training changes it; 1.5 billion weights take a tenth of a second.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f'{name} {list(tensor.shape)}'.encode())
         values = tensor.detach().flatten()
-        # an odd step, so that it meets all columns: LoRA may change a single one
+        # an odd step, or it would meet the same few columns in every row: LoRA may change a single one
         step = max(1, len(values) // 4096) | 1
         digest.update(values[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -706,8 +707,11 @@ def fetch_first(urls, path, size, sha256):
     if not size and not sha256:
         part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
     faults = {}
+    wrong = set()  # addresses that sent another file
     # Retry does not mend a connection that breaks: the next address, or the same one again, goes on there
     for url in urls * 3:
+        if url in wrong:
+            continue
         try:
             fetch(session, url, part)
             check(part, size, sha256)
@@ -716,6 +720,9 @@ def fetch_first(urls, path, size, sha256):
         except requests.RequestException as error:
             # urllib3's MaxRetryError, inside requests' own error, has the fault of the last attempt
             faults[url] = getattr(error.args[0], 'reason', error)
+        except ModelError as error:
+            faults[url] = error
+            wrong.add(url)
     tried = '; '.join(f'{url}: {fault}' for url, fault in faults.items())
     raise ModelError(f'cannot download {path.name}: {tried}')
 
@@ -744,7 +751,7 @@ def fetch(session, url, part):
             part.unlink(missing_ok=True)
         reply.raise_for_status()
         if 'text/html' in reply.headers.get('Content-Type', ''):
-            raise ModelError(f'{url} is a web page')
+            raise ModelError('it is a web page')
         if not reply.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
             have = 0
         print(f'downloading {url}', flush=True)

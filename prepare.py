@@ -80,7 +80,7 @@ def format_prompt(row):
 
 # what stands before the instruction, and what between the last of the row's texts and the answer
 BEFORE_INSTRUCTION, RESPONSE_HEADER = format_prompt({'instruction': '\0'}).split('\0')
-# all prompts begin with this; its last character may merge with white space behind it
+# without the last character of BEFORE_INSTRUCTION, which may merge with white space behind it
 PREFIX = BEFORE_INSTRUCTION[:-1]
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
 
@@ -125,6 +125,8 @@ def prefix_ids():
 def encode_prompt(row):
     """A row -> the ids of its prompt. What all prompts begin with is encoded once, which saves time."""
     text = format_prompt(row)
+    if not text.startswith(PREFIX):  # a template may begin otherwise where a row has an input
+        return get_tokenizer().encode_ordinary(text)
     return prefix_ids() + get_tokenizer().encode_ordinary(text[len(PREFIX):])
 
 
@@ -603,7 +605,7 @@ def encode_sources(sources, part, left_out, seen):
             rows_file.write(text)
             ids_at += 2 * len(ids)
             text_at += len(text)
-            # the last id of a prompt is not shared: it predicts the answer's first, which is the row's own
+            # without the prompt's last id: its target is the answer's first id, which differs from row to row
             prompt_ids = ids[:answer - 1]
             if shared is None and ids:
                 shared = prompt_ids
@@ -637,7 +639,6 @@ def split_rows(keys, split_seed, n_train, n_test):
     order = np.argsort(first_row).tolist()
     random.Random(split_seed).shuffle(order)
 
-    # each into the first split that has room for it
     room = {'train': n_train, 'test': n_test, 'val': len(keys) - n_train - n_test}
     groups = {split: [] for split in room}
     for number in order:

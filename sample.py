@@ -43,7 +43,7 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what answers
+init_from = 'gpt2-medium'  # the model that answers where there is no run, or that a flag asks for instead
 adapter = ''  # an adapter.safetensors to put on init_from
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
@@ -327,10 +327,10 @@ def main():
     run = None if adapter else find_run(config)
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
-    if world_size > 1 and (prompt or interactive or questions):
+    writes_test_split = not (prompt or interactive or questions)
+    if world_size > 1 and not writes_test_split:
         raise UserError('several processes share the test split; for all else start one: python sample.py')
     loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from, adapter)
-    writes_test_split = not (prompt or interactive or questions)
     data = read_test_split(config, loaded) if writes_test_split else None
     for_inference(loaded.model, chosen_device, compute_dtype)
     out = Path(out_dir)

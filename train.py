@@ -57,7 +57,7 @@ max_steps = 0  # 0: by epochs [>= 0]
 shuffle = True
 packing = True  # several examples to a row, hidden from each other: the same loss in half the time
 loss_on = 'response'  # which tokens are learned [response | response+header | all]
-sampled_softmax = 0  # tokens in the softmax of a step beside its rows': twice so many; 0: all [>= 0]
+sampled_softmax = 0  # tokens drawn for a step's softmax from each of two groups; 0: all tokens [>= 0]
 # adamw
 learning_rate = 5e-5  # [> 0]
 schedule = 'constant'  # after the warm-up [constant | cosine | linear]
@@ -163,7 +163,7 @@ def read_checkpoint():
 saved = read_checkpoint() if init_from == 'resume' else None
 # a base that the run's own files would replace could not be told from them, and sample.py compares with it
 origin = saved['config']['init_from'] if saved else init_from
-if out.resolve() in (Path(origin).resolve(), *Path(origin).resolve().parents) and Path(origin).exists():
+if Path(origin).exists() and Path(origin).resolve().is_relative_to(out.resolve()):
     raise UserError(f'init_from={origin} lies in out_dir={out_dir}, where this run would replace it: '
                     'set --out_dir to another folder')
 if n_embd % n_head:
@@ -191,9 +191,11 @@ name = f'{model.config.name}-sft'
 # refuses other rows and another base. The weights of a resumed run are no longer those of its base
 made_of = {'data': data_hash(dataset)}
 if saved and not lora_rank:
-    made_of['base weights'] = saved.get('made_of', {}).get('base weights', '')
+    base_weights = saved.get('made_of', {}).get('base weights')  # which format 1 does not tell
 else:
-    made_of['base weights'] = fingerprint(dict(model.named_parameters()))
+    base_weights = fingerprint(dict(model.named_parameters()))
+if base_weights:
+    made_of['base weights'] = base_weights
 if saved:
     check_made_of(out / 'ckpt.pt', saved.get('made_of', {}), made_of, 'start without --init_from=resume')
 
@@ -245,7 +247,7 @@ if sampled_softmax:
 
 
 def draw_candidates(numbers):
-    """The candidates of these examples for GPT.forward: (ids, biases). One drawn stands for many others."""
+    """The candidates of these examples for GPT.forward: (ids, biases), which make up for tokens not drawn."""
     in_step = torch.zeros_like(in_some_row)
     for start, end in zip(meta['start'][numbers], meta['end'][numbers]):
         in_step[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
@@ -297,6 +299,7 @@ updates_in_backward = (device.type == 'cpu' and world_size == 1 and gradient_acc
                        and not grad_clip and not scaler.is_enabled())
 if updates_in_backward:
     for block in model.h:
+        # backward comes to it among the last; what is still missing then is updated with the next block
         first_param = next(p for p in block.parameters() if p.requires_grad)
         first_param.register_post_accumulate_grad_hook(lambda p: update_parameters())
 
@@ -320,7 +323,7 @@ progress = {'step': 0, 'examples_seen': 0, 'best_val_loss': math.inf, 'evals_sin
 if saved:
     restore_optimizer(saved.pop('optimizer')['state'])
     scaler.load_state_dict(saved['scaler'])
-    progress = dict(zip(progress, saved['progress'].values()))
+    progress = dict(zip(progress, saved['progress'].values()))  # by place: format 1 has other names
     if keep_best and not saved['config']['keep_best']:
         progress['best_val_loss'] = math.inf  # that model was not kept
     del saved
@@ -332,6 +335,9 @@ if saved:
 first_step = progress['step']
 # the last step of an epoch may be of fewer examples
 total_steps = max_steps or epochs * math.ceil(n_examples / examples_per_step)
+if first_step > total_steps:
+    raise UserError(f'{out}/ckpt.pt is at step {first_step}, past the {total_steps} of this run: '
+                    'raise --max_steps or --epochs')
 
 
 def random_seed(*numbers):
@@ -444,7 +450,9 @@ def save_model():
     """<model>-sft.pth, a plain state dict with LoRA merged, and its .json; first LoRA's own matrices."""
     about = {
         'model': asdict(model.config), 'init_from': origin, 'sha256': meta['sha256'], 'config': config,
-        'made_of': made_of, 'step': progress['step'], 'val_loss': progress['val_loss']}
+        'made_of': made_of, 'step': progress['step'],
+        # None where a stopped run has not been evaluated at its last step
+        'val_loss': progress['val_loss'] if progress['last_eval_step'] == progress['step'] else None}
     if lora_rank:
         save_adapter(model, out / 'adapter.safetensors', about, write=rank == 0)
     # written first, the adapter is safe should merging take too much memory
@@ -544,8 +552,8 @@ for signal_name in 'SIGINT', 'SIGTERM', 'SIGHUP':
         signal.signal(number, request_stop)
 
 # -----------------------------------------------------------------------------
-# training loop: evaluation at both ends, and total_steps updates between. Each turn first evaluates and saves
-# the state of its step, so that the last one, which updates nothing, does so too
+# training loop. Each turn first evaluates and saves what the steps so far have made, then does a step.
+# The last turn only evaluates and saves: so there are total_steps updates, and total_steps + 1 turns
 
 
 print0(f'{n_examples} examples, {examples_per_step} per step; from step {first_step} to {total_steps}')
@@ -557,14 +565,14 @@ last_save_time = start_time
 save_is_due = False
 was_stopped = False
 first_loss = None
-end = ''  # why the run ends
+end_reason = ''
 for step in range(first_step, total_steps + 1):
 
     # evaluate, at both ends of a run and every eval_interval steps, and keep the best model. A run that is
     # told to stop leaves the evaluation of its last step to the run that resumes it
     is_last_step = step == total_steps
     eval_is_due = step % eval_interval == 0 or is_last_step
-    if eval_only or eval_is_due and not was_stopped and progress['last_eval_step'] < step:
+    if eval_only or (eval_is_due and not was_stopped and progress['last_eval_step'] < step):
         train_loss = estimate_loss('train')
         val_loss = estimate_loss('val')
         was_stopped = math.isnan(val_loss) and any(sum_over_processes(len(stop_signals)))
@@ -588,19 +596,19 @@ for step in range(first_step, total_steps + 1):
 
     # save: at the end, every save_interval steps or once an epoch, and every save_minutes
     if is_last_step:
-        end = f'all {total_steps} steps are done'
+        end_reason = f'all {total_steps} steps are done'
     elif was_stopped:
-        end = f'a signal came ({", ".join(stop_signals) or "to another process"})'
+        end_reason = f'a signal came ({", ".join(stop_signals) or "to another process"})'
     elif 0 < patience <= progress['evals_since_best']:
-        end = f'val loss has not fallen in {patience} evaluations'
+        end_reason = f'val loss has not fallen in {patience} evaluations'
     epoch_ended = step > first_step and progress['examples_seen'] % n_examples == 0
     save_is_due = save_is_due or (step % save_interval == 0 if save_interval else epoch_ended)
-    if step > first_step and (end or save_is_due):
+    if step > first_step and (end_reason or save_is_due):
         save_checkpoint()
         last_save_time = time.perf_counter()
     if epoch_ended and sample_every_epoch and not was_stopped:
         show_answers()
-    if end:
+    if end_reason:
         break
 
     # the examples of this step, fewer at the end of an epoch, and its learning rate. Dropout draws from the
@@ -634,9 +642,8 @@ for step in range(first_step, total_steps + 1):
         loss += micro_loss.detach()
     # tokens that no row has would drift together, since they are never right: their vectors stay
     if sampled_softmax and model.wte.weight.grad is not None:
-        ids, _ = candidates
-        model.wte.weight.grad[ids[~in_some_row[ids]]] = 0.0
-    # where blocks were updated in backward, only the embeddings and ln_f are left
+        model.wte.weight.grad[~in_some_row] = 0.0
+    # where blocks were updated in backward, what is left is mainly the embeddings
     update_parameters()
 
     # what all processes must agree on: the loss, signals that came in, whether it is time for a checkpoint
@@ -684,13 +691,16 @@ if not eval_only:
         about = read_json(out / f'{name}.json')
         val_loss = about['val_loss']
         arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--init_from')]
-        command = 'train.py --init_from=resume'
-        if not was_stopped:
+        command = 'train.py'
+        if was_stopped:
+            arguments.append('--init_from=resume')  # last: a config file sets init_from, too
+        else:
             # config files serve all stages, most flags this one alone
             command = 'sample.py'
             arguments = [argument for argument in arguments
-                         if not argument.startswith('--') or argument.startswith(('--out_dir', '--dataset'))]
-        print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}: {end}')
+                         if not argument.startswith('--') or argument.startswith(
+                             ('--out_dir', '--dataset', '--cache_dir', '--download_from', '--device'))]
+        print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}: {end_reason}')
         print(f'kept {out}/{name}.pth of step {about["step"]}, '
               f'val loss {"not measured" if val_loss is None else round(val_loss, 4)}')
         print('next: python', command, *arguments)

@@ -45,7 +45,7 @@ class Config(dict):
     files = frozenset()
 
 
-# what users of other programs call our settings
+# what other programs call our settings: not accepted, but the error message names ours
 SYNONYMS = {
     'lr': 'learning_rate', 'bs': 'batch_size', 'batch': 'batch_size', 'micro_batch_size': 'batch_size',
     'per_device_train_batch_size': 'batch_size', 'grad_accum': 'gradient_accumulation_steps',
@@ -106,7 +106,7 @@ def settings_of_all_stages():
 def check_type(key, value, settings, where):
     """
     The value in the type of its setting, an int taken for a float. UserError: a wrong name or type. where:
-    the file or the flag that says so. True passes for no int, though to Python it is 1.
+    the file or the flag that says so. True is no int here, though Python counts it as one.
     """
     if key not in settings:
         nearest = SYNONYMS.get(key)

@@ -10,7 +10,7 @@ A small GPT learns nineteen families of tasks on two cores: to rearrange the wor
 """
 dataset = 'demo'
 source = 'data/demo.json'
-split_seed = -1  # the file's own order: 80,000 rows of train, 900 of test, 300 of them with unseen words, 300
+split_seed = -1  # the file's own order: 80,000 rows of train, 900 of test (300 with unseen words), 300 of val
 train_share = 0.985222
 test_share = 0.011084
 out_dir = 'out/demo'

@@ -197,7 +197,7 @@ def test_a_web_page_is_not_the_file(server, tmp_path):
     """Such as GitHub's page about a file, or the login of a network. What there is of the file stays."""
     server.answers['/a'] = ['page']
     (tmp_path / 'file.part').write_bytes(BODY[:1000])
-    assert fault_of(download, [server.url + '/a'], tmp_path / 'file', len(BODY)) == f'{server.url}/a is a web page'
+    assert fault_of(download, [server.url + '/a'], tmp_path / 'file', len(BODY)) == f'cannot download file: {server.url}/a: it is a web page'
     assert names_in(tmp_path) == ['file.part'] and (tmp_path / 'file.part').stat().st_size == 1000
 
 

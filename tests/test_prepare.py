@@ -490,3 +490,11 @@ def test_a_long_run_shows_that_it_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, 'encode_row', lambda row, block_size: ([1, EOS], 0, 1))
     prepare.encode_sources({'a': 'a'}, tmp_path, Counter(), set())
     assert capsys.readouterr().out.splitlines() == ['200,000 rows read']
+
+
+def test_a_template_may_begin_otherwise_where_a_row_has_an_input(monkeypatch):
+    """As Stanford Alpaca's own does."""
+    prompt = prepare.format_prompt
+    monkeypatch.setattr(prepare, 'format_prompt', lambda row: f'With {row["input"]}: {prompt(row)}' if row['input'] else prompt(row))
+    for row in {'instruction': 'Say it.', 'input': 'a word'}, {'instruction': 'Say it.', 'input': ''}:
+        assert prepare.detokenize(prepare.encode_prompt(row)) == prepare.format_prompt(row)
