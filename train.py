@@ -555,7 +555,6 @@ for signal_name in 'SIGINT', 'SIGTERM', 'SIGHUP':
 # training loop. Each turn first evaluates and saves what the steps so far have made, then does a step.
 # The last turn only evaluates and saves: so there are total_steps updates, and total_steps + 1 turns
 
-
 print0(f'{n_examples} examples, {examples_per_step} per step; from step {first_step} to {total_steps}')
 bar = tqdm(total=total_steps, initial=first_step, unit='step', disable=None if rank == 0 else True)
 log_line = print0 if bar.disable else bar.write
@@ -565,6 +564,7 @@ last_save_time = start_time
 save_is_due = False
 was_stopped = False
 first_loss = None
+candidates = None  # see draw_candidates
 end_reason = ''
 for step in range(first_step, total_steps + 1):
 
@@ -621,13 +621,16 @@ for step in range(first_step, total_steps + 1):
     lr = get_lr(step)
     for group in optimizer.param_groups:
         group['lr'] = lr
+    if sampled_softmax:
+        # the same candidates in each process
+        torch.manual_seed(random_seed(step, 0))
+        candidates = draw_candidates(numbers)
     torch.manual_seed(random_seed(step, rank))
 
     # forward and backward. The loss is the sum over the targets of the whole step, divided by their number:
     # it does not depend on how the examples are cut into micro-batches and processes
     loss = 0.0
     grad_norms.clear()
-    candidates = draw_candidates(numbers) if sampled_softmax else None
     micro_batches = np.array_split(numbers, gradient_accumulation_steps * world_size)[rank::world_size]
     for i, chunk in enumerate(micro_batches):
         is_last_micro_batch = i == len(micro_batches) - 1
@@ -640,9 +643,10 @@ for step in range(first_step, total_steps + 1):
             micro_loss = net(*batch, loss_reduction='sum', candidates=candidates) / n_targets
         scaler.scale(micro_loss * world_size).backward()  # torch averages over processes, the sum is wanted
         loss += micro_loss.detach()
-    # tokens that no row has would drift together, since they are never right: their vectors stay
+    # tokens that no row has would drift together, since they are never right: they get no gradient
     if sampled_softmax and model.wte.weight.grad is not None:
-        model.wte.weight.grad[~in_some_row] = 0.0
+        ids, _ = candidates
+        model.wte.weight.grad[ids[~in_some_row[ids]]] = 0.0
     # where blocks were updated in backward, what is left is mainly the embeddings
     update_parameters()
 

@@ -705,8 +705,9 @@ def test_a_vocabulary_with_added_and_padded_ids_trains_and_answers(train, tmp_pa
 # --- sampled softmax
 
 
-def test_sampled_softmax_moves_the_vectors_of_the_rows_tokens_alone(train, tmp_path):
-    train('--sampled_softmax=200', '--weight_decay=0.0')  # an epoch
+@pytest.mark.parametrize('processes', [1, 2])
+def test_sampled_softmax_moves_the_vectors_of_the_rows_tokens_alone(train, tmp_path, processes):
+    train('--sampled_softmax=200', '--weight_decay=0.0', processes=processes)  # an epoch
     torch.manual_seed(123)
     before = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=128)).wte.weight
     moved = (state(tmp_path / 'a')['wte.weight'] != before).any(dim=1)
