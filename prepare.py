@@ -439,7 +439,7 @@ def find_names(row, given):
         return given['instruction'], given.get('input', 'input'), given['output']
     instruction = next((name for name in CONVENTIONS if name in row), 'instruction')
     output = next((name for name in CONVENTIONS[instruction] if name in row), 'output')
-    is_context = 'input' not in row and isinstance(row.get('context'), str)
+    is_context = 'input' not in row and 'context' in row
     return instruction, 'context' if is_context else 'input', output
 
 

@@ -417,6 +417,7 @@ class ServingEngine(Engine):
     @torch.no_grad()
     def step_safely(self):
         """A step without those that ended: [(answer, the record of its new id, or why it failed)]."""
+        answers = []
         try:
             for answer in [*self.scheduler.running, *self.scheduler.waiting.copy()]:
                 if answer.ended:
@@ -432,7 +433,9 @@ class ServingEngine(Engine):
             return found
         except Exception as error:
             traceback.print_exc()
-            return self.start_again(error)
+            # those whose last id is there have left the scheduler: nothing would compute them again
+            have_left = [(answer, error) for answer in answers if answer.finish_reason]
+            return have_left + self.start_again(error)
 
     def start_again(self, error):
         """
@@ -445,7 +448,7 @@ class ServingEngine(Engine):
         if len(running) == 1:
             self.scheduler.max_running = max_active
             return [(running[0], error)]
-        self.scheduler.max_running = len(running) // 2
+        self.scheduler.max_running = max(len(running) // 2, 1)
         self.scheduler.waiting.extendleft(running)
         return []
 

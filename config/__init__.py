@@ -353,7 +353,7 @@ def read_json(path):
     """The value of a JSON file, NaN and Infinity as None. UserError if it is not whole."""
     try:
         return json.loads(Path(path).read_text(encoding='utf-8-sig'), parse_constant=lambda name: None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'cannot read {path}: {error}') from error
 
 

@@ -325,6 +325,12 @@ def test_json_is_read_with_a_byte_order_mark_and_without_nan(tmp_path):
         read_json(tmp_path / 'x.json')
 
 
+def test_json_that_nests_too_deep_is_told_in_one_line(tmp_path):
+    (tmp_path / 'a.json').write_text('[' * 100_000)
+    with pytest.raises(UserError, match='cannot read .*a.json'):
+        read_json(tmp_path / 'a.json')
+
+
 def test_lines_that_an_interruption_cut_are_left_out(tmp_path):
     (tmp_path / 'x.jsonl').write_bytes('{"a": "1\u2028", "b": NaN}\n{"a": \n\n7\n{"a": 2}\n{"a"'.encode())
     assert read_jsonl(tmp_path / 'x.jsonl') == [{'a': '1\u2028', 'b': None}, {'a': 2}]

@@ -703,6 +703,18 @@ def test_fewer_run_at_once_where_together_they_fail(monkeypatch):
     assert engine.scheduler.max_running == serve.max_active
 
 
+def test_an_answer_whose_last_token_cannot_be_scored_ends_with_the_error(monkeypatch):
+    """It has left the batch by then, so that no later step would tell of it; nobody's turn is lost by that."""
+    engine = serve.ServingEngine(random_model(), 4e9)
+    answer = engine_answer(list(range(10)), 1)
+    answer.n_top = 0
+    engine.add(answer)
+    monkeypatch.setattr(serve, 'score', lambda *arguments: 1 / 0)
+    [(ended, error)] = engine.step_safely()
+    assert ended is answer and isinstance(error, ZeroDivisionError) and not engine.has_work()
+    assert engine.scheduler.max_running >= 1
+
+
 # fails each step in which the model meets ' swordfish', or more than so many ids
 FAULT = """
 import model
