@@ -81,7 +81,7 @@ def join_processes(device):
 def keep_freed_memory():
     """
     glibc keeps what a step frees for the next one, instead of returning it to the system and having it mapped
-    again: on a CPU a step of training takes a fifth less time (docs/speed.md).
+    again: on a CPU a step of training takes less time (tests/bench.py --only=tricks).
     """
     if platform.libc_ver()[0] == 'glibc':
         M_TRIM_THRESHOLD = -1
@@ -115,7 +115,7 @@ def onednn_linear(x, weight, bias=None):
 class InferenceLinear(nn.Module):
     """
     A linear layer for inference, its matrix stored in dtype. On a CPU oneDNN or FBGEMM computes the product,
-    in less time than F.linear (docs/speed.md).
+    in less time than F.linear (tests/bench.py --only=tricks).
     """
 
     def __init__(self, weight, bias, dtype):

@@ -292,9 +292,9 @@ def update_parameters():
     optimizer.zero_grad()
 
 
-# on a CPU a step of Medium takes 9 % less time and 16 % less memory (docs/speed.md) if each block is updated,
-# and its gradients are freed, as soon as backward has passed it. Elsewhere, and where a step needs all of its
-# gradients at once, they are there after backward, as usual
+# on a CPU a step takes less time and memory (tests/bench.py --only=tricks) if each block is updated, and its
+# gradients are freed, as soon as backward has passed it. Elsewhere, and where a step needs all gradients at
+# once, they are there after backward, as usual
 updates_in_backward = (device.type == 'cpu' and world_size == 1 and gradient_accumulation_steps == 1
                        and not grad_clip and not scaler.is_enabled())
 if updates_in_backward:
