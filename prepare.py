@@ -28,7 +28,17 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from config import UserError, configure, hold, read_json, read_jsonl, sha256_of, sha256_of_file, write_json
+from config import (
+    DECODER,
+    UserError,
+    configure,
+    hold,
+    read_json,
+    read_jsonl,
+    sha256_of,
+    sha256_of_file,
+    write_json,
+)
 
 import numpy as np
 from tqdm import tqdm
@@ -225,10 +235,6 @@ def read_table(file):
         yield from csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     except csv.Error as error:
         raise Fault(f'a quotation mark in it is not closed, or not doubled within a cell: {error}') from error
-
-
-# NaN and Infinity, which JSON does not know, are read as null
-DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def read_json_text(file):

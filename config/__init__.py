@@ -349,10 +349,20 @@ def write_json(path, value):
     atomic_write(path, lambda file: json.dump(value, file, indent=1))
 
 
+def finite(text):
+    """A number of JSON, None if it is too large to be one here: 1e999."""
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+# NaN and Infinity, which JSON does not know, are read as null
+DECODER = json.JSONDecoder(parse_float=finite, parse_constant=lambda name: None)
+
+
 def read_json(path):
-    """The value of a JSON file, NaN and Infinity as None. UserError if it is not whole."""
+    """The value of a JSON file. UserError if it is not whole."""
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8-sig'), parse_constant=lambda name: None)
+        return DECODER.decode(Path(path).read_text(encoding='utf-8-sig'))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'cannot read {path}: {error}') from error
 
@@ -363,7 +373,7 @@ def read_jsonl(path):
     path = Path(path)
     for line in path.read_bytes().split(b'\n') if path.exists() else []:
         try:
-            records.append(dict(json.loads(line, parse_constant=lambda name: None)))
+            records.append(dict(DECODER.decode(line.decode())))
         except (ValueError, TypeError):
             continue
     return records

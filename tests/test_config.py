@@ -317,9 +317,9 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
         hold(tmp_path / 'file' / 'out')
 
 
-def test_json_is_read_with_a_byte_order_mark_and_without_nan(tmp_path):
-    (tmp_path / 'x.json').write_text('\ufeff[1, NaN, Infinity]', encoding='utf-8')
-    assert read_json(tmp_path / 'x.json') == [1, None, None]
+def test_json_is_read_with_a_byte_order_mark_and_without_numbers_that_are_none(tmp_path):
+    (tmp_path / 'x.json').write_text('\ufeff[1, NaN, Infinity, 1e999, 1.5]', encoding='utf-8')
+    assert read_json(tmp_path / 'x.json') == [1, None, None, None, 1.5]
     (tmp_path / 'x.json').write_text('[1, ')
     with pytest.raises(UserError, match='cannot read .*x.json'):
         read_json(tmp_path / 'x.json')

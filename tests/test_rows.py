@@ -532,15 +532,15 @@ def test_what_is_left_out_is_counted_and_shown(run, tmp_path):
 
 
 def test_the_json_of_a_split_is_json_whatever_its_rows_held(run, tmp_path):
-    """NaN becomes null, and dates and bytes of a Parquet become text."""
-    lines = [json.dumps(row | {'score': float('nan'), 'n': [float('inf')]}) for row in PLAIN]
+    """NaN and numbers that are too large become null, and dates and bytes of a Parquet become text."""
+    lines = [json.dumps(row | {'score': float('nan'), 'n': [float('inf'), 0.5]}).replace('0.5', '1e999') for row in PLAIN]
     (tmp_path / 'rows.jsonl').write_text('\n'.join(lines))
     run('prepare.py', '--source=rows.jsonl', '--dataset=x')
 
     def fail(name):
         raise AssertionError(name)
     rows = json.loads((tmp_path / 'data/x/test.json').read_text(), parse_constant=fail)['rows']
-    assert rows[0]['n'] == [None] and 'score' not in rows[0]
+    assert rows[0]['n'] == [None, None] and 'score' not in rows[0]
     table = pyarrow.table({name: [row[name] for row in PLAIN] for name in ROW} | {'date': pyarrow.array([1] * 60, pyarrow.date32()), 'raw': [b'\xff'] * 60})
     parquet.write_table(table, tmp_path / 'rows.parquet')
     run('prepare.py', '--source=rows.parquet', '--dataset=y')
