@@ -176,34 +176,23 @@ class GPT(nn.Module):
         """Hidden states (..., C) -> logits (..., vocab)."""
         return self.wte.logits(self.ln_f(x))
 
-    def token_losses(self, x, targets, candidates=None):
-        """
-        Hidden states (N, C) and targets (N,) -> the cross-entropy of each (N,), in nats, at least in fp32.
-        candidates: (ids (V,), biases (V,)), the tokens among which the softmax chooses; None: all.
-        """
+    def token_losses(self, x, targets):
+        """Hidden states (N, C), targets (N,) -> the cross-entropy of each (N,), in nats, at least in fp32."""
         if len(targets) > LOGITS_CHUNK:
             # 8 rows of 1,024 targets would have logits of 1.6 GB. Backward computes those of a chunk again
             chunks = zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))
-            return torch.cat([checkpoint(self.token_losses, *chunk, candidates, use_reentrant=False)
-                              for chunk in chunks])
-        if candidates is None:
-            logits = self.logits(x)
-        else:
-            ids, biases = candidates
-            logits = F.linear(self.ln_f(x), self.wte(ids)) + biases
-            targets = torch.searchsorted(ids, targets)
+            return torch.cat([checkpoint(self.token_losses, *chunk, use_reentrant=False) for chunk in chunks])
+        logits = self.logits(x)
         # under autocast they are in half precision, of which a sum of exponentials would lose too much
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets, reduction='none')
 
-    def forward(self, ids, targets=None, positions=None, segments=None, loss_reduction='mean',
-                candidates=None):
+    def forward(self, ids, targets=None, positions=None, segments=None, loss_reduction='mean'):
         """
         ids (B, T) -> logits (B, T, vocab). With targets (B, T): the cross-entropy of those that are not
         IGNORE, in nats, as their 'mean' or 'sum', or with 'none' each of them (N,), row by row.
 
         positions (B, T): by default 0 to T - 1. segments (B, T): of packed rows, see packed_attention.
-        candidates: see token_losses; their ids are sorted, and all targets are among them.
         """
         attention = causal_attention if segments is None else packed_attention(segments)
         x = self.hidden_states(ids, positions, attention)
@@ -211,7 +200,7 @@ class GPT(nn.Module):
             return self.logits(x)
         # prompts and pads have no loss, so their logits are never made
         has_loss = targets != IGNORE
-        losses = self.token_losses(x[has_loss], targets[has_loss], candidates)
+        losses = self.token_losses(x[has_loss], targets[has_loss])
         if loss_reduction == 'none':
             return losses
         return losses.mean() if loss_reduction == 'mean' else losses.sum()

@@ -5,6 +5,7 @@ Instruction-tune GPT-2: response-only loss, evaluation, checkpoints. One process
     python train.py config/sft_medium.py --init_from=resume
     torchrun --nproc_per_node=2 train.py config/sft_medium.py
 """
+import contextlib
 import functools
 import json
 import math
@@ -32,6 +33,7 @@ from prepare import (
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
@@ -57,7 +59,7 @@ max_steps = 0  # 0: by epochs [>= 0]
 shuffle = True
 packing = True  # several examples to a row, hidden from each other: the same loss in half the time
 loss_on = 'response'  # which tokens are learned [response | response+header | all]
-sampled_softmax = 0  # tokens drawn for a step's softmax from each of two groups; 0: all tokens [>= 0]
+sampled_softmax = 0  # tokens of other rows, and of no row, that a step chooses among; 0: all tokens [>= 0]
 # adamw
 learning_rate = 5e-5  # [> 0]
 schedule = 'constant'  # after the warm-up [constant | cosine | linear]
@@ -238,28 +240,41 @@ print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.paramete
 
 # -----------------------------------------------------------------------------
 # sampled softmax (Jean et al. 2015): in a large vocabulary most tokens occur in no row, and computing all
-# their logits takes most of a small model's time. A step chooses among the tokens of its rows, a sample of
-# those that only other rows have, and a sample of those that no row has
+# their logits takes most of a small model's time. A step has a vocabulary of its own: the tokens of its rows,
+# a sample of those that only other rows have, and a sample of those that no row has
 
 if sampled_softmax:
     in_some_row = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
     in_some_row[np.unique(data['train'].ids).tolist()] = True
 
 
-def draw_candidates(numbers):
-    """The candidates of these examples for GPT.forward: (ids, biases), which make up for tokens not drawn."""
+def draw_vocabulary(numbers):
+    """The ids, in their order, of the vocabulary for a step on these examples."""
     in_step = torch.zeros_like(in_some_row)
     for start, end in zip(meta['start'][numbers], meta['end'][numbers]):
         in_step[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
     chosen = [in_step.nonzero()[:, 0]]
-    biases = torch.zeros(len(in_step), device=device)
     for group in in_some_row & ~in_step, ~in_some_row:
         members = group.nonzero()[:, 0]
-        if len(members):
-            chosen.append(members[torch.randint(len(members), (sampled_softmax,), device=device)])
-            biases[members] = math.log(len(members) / sampled_softmax)
-    ids = torch.cat(chosen).sort().values
-    return ids, biases[ids]
+        chosen.append(members[torch.randperm(len(members), device=device)[:sampled_softmax]])
+    return torch.cat(chosen).sort().values
+
+
+@contextlib.contextmanager
+def smaller_vocabulary(vocabulary, batch):
+    """
+    In it the model has no other ids than these, and the batch, which is changed, their places among them.
+    The gradients of their vectors reach the whole matrix.
+    """
+    whole = model.wte.weight
+    del model.wte.weight
+    model.wte.weight = F.embedding(vocabulary, whole)
+    ids, targets = batch[:2]
+    batch[0] = torch.searchsorted(vocabulary, ids)
+    batch[1] = torch.where(targets == IGNORE, IGNORE, torch.searchsorted(vocabulary, targets))
+    yield
+    del model.wte.weight
+    model.wte.weight = whole
 
 
 # -----------------------------------------------------------------------------
@@ -564,7 +579,6 @@ last_save_time = start_time
 save_is_due = False
 was_stopped = False
 first_loss = None
-candidates = None  # see draw_candidates
 end_reason = ''
 for step in range(first_step, total_steps + 1):
 
@@ -622,9 +636,9 @@ for step in range(first_step, total_steps + 1):
     for group in optimizer.param_groups:
         group['lr'] = lr
     if sampled_softmax:
-        # the same candidates in each process
+        # the same vocabulary in each process
         torch.manual_seed(random_seed(step, 0))
-        candidates = draw_candidates(numbers)
+        vocabulary = draw_vocabulary(numbers)
     torch.manual_seed(random_seed(step, rank))
 
     # forward and backward. The loss is the sum over the targets of the whole step, divided by their number:
@@ -638,15 +652,16 @@ for step in range(first_step, total_steps + 1):
             model.set_requires_gradient_sync(is_last_micro_batch)  # gradients are exchanged once per step
         elif world_size > 1:
             net.require_backward_grad_sync = is_last_micro_batch
-        with autocast:
-            batch = get_batch('train', chunk)
-            micro_loss = net(*batch, loss_reduction='sum', candidates=candidates) / n_targets
-        scaler.scale(micro_loss * world_size).backward()  # torch averages over processes, the sum is wanted
+        batch = get_batch('train', chunk)
+        with smaller_vocabulary(vocabulary, batch) if sampled_softmax else contextlib.nullcontext():
+            with autocast:
+                micro_loss = net(*batch, loss_reduction='sum') / n_targets
+            # torch averages over processes, the sum is wanted
+            scaler.scale(micro_loss * world_size).backward()
         loss += micro_loss.detach()
     # tokens that no row has would drift together, since they are never right: they get no gradient
     if sampled_softmax and model.wte.weight.grad is not None:
-        ids, _ = candidates
-        model.wte.weight.grad[ids[~in_some_row[ids]]] = 0.0
+        model.wte.weight.grad[vocabulary[~in_some_row[vocabulary]]] = 0.0
     # where blocks were updated in backward, what is left is mainly the embeddings
     update_parameters()
 

@@ -1,5 +1,5 @@
 """
-A small GPT learns nineteen families of tasks on two cores: to rearrange the words of its prompt.
+A small GPT learns seventeen families of tasks on two cores: to rearrange the words of its prompt.
 
     make demo                             # or, one by one:
     python data/make_demo.py              # writes the rows and the model to start from
@@ -22,8 +22,8 @@ sampled_softmax = 1024
 
 # five minutes on two cores, and a high rate
 batch_size = 32
-max_steps = 2500
-learning_rate = 3e-3
+max_steps = 2700
+learning_rate = 2e-3
 schedule = 'cosine'
 warmup_steps = 100
 beta2 = 0.99

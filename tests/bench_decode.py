@@ -38,8 +38,9 @@ def exported_step(folder, name, *flags):
     """(program, step) of what reads export.py's files of the run in folder, or None where it is not installed."""
     command = [sys.executable, ROOT / 'export.py', f'--out_dir={folder}', f'--to={name}', '--dataset=absent', *flags]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    _, read, _ = FORMATS[name]
     try:
-        return next(iter(FORMATS[name].read(Path(folder, 'export', name), '').items()))
+        return next(iter(read(Path(folder, 'export', name), '').items()))
     except (ImportError, OSError, StopIteration) as error:
         print(f'{name} is left out: {error or process.stderr.strip()}')
 
@@ -56,7 +57,7 @@ def programs_of(size, folder, weight_bytes):
         if found:
             program, step = found
             form = 'F16' if flags else 'fp32'
-            programs[f'{program}, {form}'] = lambda n, step=step: greedy_ids(step, [PROMPT], n, 1024, eos=-1), weight_bytes / share
+            programs[f'{program}, {form}'] = lambda n, step=step: greedy_ids(step, PROMPT, n, eos=-1), weight_bytes / share
     return programs
 
 

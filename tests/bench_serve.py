@@ -50,26 +50,27 @@ WRONG = {400: [{'temperature': -1}, {'temperature': float('nan')}, {'n': 999}, {
          404: [{'model': 'absent'}, {'model': '\ud800'}], 413: [{'prompt': 'x' * 1_000_000}]}
 
 def write_run(folder, shape):
-    """A run as train.py writes it, of random weights so large that an answer depends on the whole prompt."""
+    """A run as train.py writes it, of random weights so large that an answer depends on the whole prompt; not so large that rounding decides."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(zip(('n_layer', 'n_head', 'n_embd'), shape))))
     for p in model.h.parameters():
-        p.data *= 8 if p.dim() == 2 else 1
+        p.data *= 4 if p.dim() == 2 else 1
     torch.save(model.state_dict(), folder / f'{model.config.name}-sft.pth')
     about = {'model': asdict(model.config), 'init_from': 'scratch', 'sha256': '', 'config': {}, 'step': 0, 'val_loss': 0.0}
     (folder / f'{model.config.name}-sft.json').write_text(json.dumps(about))
 
 @contextlib.contextmanager
 def server(folder, *command, python=sys.executable, env=None):
-    """Start a server -> (its process, port, log), when it answers. RuntimeError: it ended, with the last line of its log."""
+    """Start a server -> (its process, port, log), when it answers. RuntimeError: it ended, or does not answer in five minutes."""
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     log = Path(folder, f'{port}.log')
     with log.open('w') as file:
         process = subprocess.Popen([*filter(None, [python]), *command, f'--port={port}'], stdout=file, stderr=file, cwd=ROOT,
                                    env=os.environ | {'HF_HUB_OFFLINE': '1'} | (env or {}))
+    deadline = time.monotonic() + 300
     try:
-        while process.poll() is None:
+        while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 if ask(port, '/health')[0] == 200:
                     break
@@ -278,7 +279,7 @@ def bench_sharing(folder, rows, sizes):
                 lines.append((name, *measure_sharing(port, model, rows, sizes)))
         except (RuntimeError, OSError, http.client.HTTPException, ValueError) as error:
             lines.append((name, 'skipped: ' + f'{error}'[:200], '', '', '', ''))
-        print(f'measured: {name}', file=sys.stderr, flush=True)
+        print('measured:', *lines[-1], file=sys.stderr, flush=True)
     table(f"a stream of {sizes.stream} tokens: its longest gap alone, beside (a) {sizes.askers} clients that send max_tokens=1 in a loop, (b) while "
           f'{sizes.prompts} prompts of 900 tokens arrive; and {sizes.clients} clients that stream two answers of {sizes.answer} tokens', (
               'server', 'gap alone, s', '(a) gap, s', '(b) gap, s', f'{sizes.clients} clients, tokens/s', 'p95 to the first token, s'), lines)

@@ -289,22 +289,6 @@ def test_each_loss_row_by_row(model, train):
         assert its_losses.sum().item() == pytest.approx(total.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize('chunk', [1000, 7])
-def test_a_softmax_among_candidates(model, train, monkeypatch, chunk):
-    """It chooses among some tokens, each with a bias; with all of them and none it is the whole softmax."""
-    monkeypatch.setattr(model_module, 'LOGITS_CHUNK', chunk)
-    ids, targets, positions, segments = tensors(make_batch(train, range(4)))
-    everything = torch.arange(CONFIG.vocab_size), torch.zeros(CONFIG.vocab_size)
-    whole = model(ids, targets, positions, segments)
-    assert model(ids, targets, positions, segments, candidates=everything).item() == pytest.approx(whole.item(), rel=1e-12)
-    some = torch.cat([targets[targets != IGNORE], torch.arange(100)]).unique()
-    biases = torch.linspace(-1, 1, len(some), dtype=torch.float64)
-    found = model(ids, targets, positions, segments, 'none', (some, biases))
-    logits = model.logits(model.hidden_states(ids, positions, packed_attention(segments)))[targets != IGNORE][:, some] + biases
-    expected = F.cross_entropy(logits, torch.searchsorted(some, targets[targets != IGNORE]), reduction='none')
-    torch.testing.assert_close(found, expected)
-
-
 def test_dropout_is_off_in_evaluation():
     torch.manual_seed(0)
     model = GPT(replace(CONFIG, dropout=0.5))

@@ -13,7 +13,7 @@ import pytest
 
 DATA = Path(__file__).parent.parent / 'data'
 FILES = 'demo.json', 'demo_heldback.json'
-SHA256 = '9def07cde4aab1be', 'b3f536b97aafbebe'  # their first 16 digits
+SHA256 = 'b00115c7b9e95b2f', 'c3cacdcccc62e9f1'  # their first 16 digits
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +57,7 @@ def test_enough_words_rows_and_families(script, rows, splits):
     one_token = [word for word in listed if len(get_tokenizer().encode_ordinary(' ' + word)) == 1]
     assert len(one_token) > 0.85 * len(listed)
     families = Counter(row['family'] for row in splits['train'])
-    assert len(families) == 19 and min(families.values()) >= 400 and len(splits['train']) == 80_000, families
+    assert len(families) == 17 and min(families.values()) >= 400 and len(splits['train']) == 80_000, families
     assert len(rows['demo_heldback.json']) == 300 and len(splits['val']) == 300
     assert Counter(row.get('source') for row in splits['test']) == {'listed words': 600, 'unseen words': 300}
     assert not any('source' in row for row in splits['train'] + splits['val'])
@@ -106,6 +106,15 @@ def test_unseen_words_stand_in_no_training_row(splits):
     assert len({word for row in unseen for word in set(words(row)) - met}) > 100
 
 
+def test_more_words_stand_in_training_rows_alone(script, splits):
+    more = {entry[0] for name, entries in script['WORDS'].items() if name.startswith('more') for entry in entries}
+    listed = {word for entries in script['LISTED'].values() for entry in entries for word in entry}
+    assert len(more) > 1800 and not more & listed
+    found = {split: set().union(*(words(row, ['input']) for row in rows)) & more for split, rows in splits.items()}
+    assert len(found['train']) > 0.95 * len(more)
+    assert not found['test'] and not found['val'], found
+
+
 def test_the_held_back_family_is_new(rows):
     held_back = {row['family'] for row in rows['demo_heldback.json']}
     assert len(held_back) == 1 and not held_back & {row['family'] for row in rows['demo.json']}
@@ -127,7 +136,7 @@ def test_forms_of_verbs(script):
     assert len(regular) > 200
 
 
-def test_numbers_lists_and_units_are_right(rows):
+def test_lists_and_units_are_right(rows):
     """The answers that a reader cannot check at a glance, worked out anew from the prompt's own text."""
     checked = Counter()
     thousandth = {'kilograms': 'grams', 'kilometers': 'meters', 'liters': 'milliliters', 'meters': 'millimeters'}
@@ -135,25 +144,18 @@ def test_numbers_lists_and_units_are_right(rows):
         text = f'{row["instruction"]} {row["input"]}'.lower()
         answer = row['output'].lower()
         asked = [int(n) for n in re.findall(r'\d+', text)]
-        told = [int(n) for n in re.findall(r'\d+', answer)]
         family = row['family']
-        if family == 'comparison' and re.search('larger|bigger|greater|more|smaller|less', text):
-            assert told == [min(asked) if re.search('smaller|less', text) else max(asked)] and len(set(asked)) == 2, row
-        elif family == 'units':
+        if family == 'units':
             assert answer == f'that is {asked[0]},000 {thousandth[re.search("[0-9]+ ([a-z]+) to", text)[1]]}.', row
         elif row['input'] and family == 'counting':
             listed = row['input'].split(', ')
             assert answer.split()[2] == 'zero one two three four five six seven eight'.split()[len(listed)], row
         elif row['input'] and family == 'picking' and re.search('first|last', text):
             assert answer.removesuffix('.').split()[-1] == row['input'].lower().split(', ')[0 if 'first' in text else -1], row
-        elif row['input'] and family == 'repeated words':
-            twice = row['input'].lower().rstrip('.').split()
-            told = answer.rstrip('.').split()
-            assert any(twice[i] == twice[i + 1] and twice[:i] + twice[i + 1:] == told for i in range(len(twice) - 1)), row
         elif row['input'] and family == 'repeating':
             assert answer.rstrip('.') == row['input'].lower().rstrip('.'), row
         else:
             continue
         checked[family] += 1
-    names = 'comparison', 'units', 'counting', 'picking', 'repeated words', 'repeating'
+    names = 'units', 'counting', 'picking', 'repeating'
     assert min(checked[name] for name in names) > 300, checked
