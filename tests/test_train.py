@@ -657,7 +657,7 @@ def test_a_start_from_the_folder_that_would_be_replaced_is_refused(train, begun,
 
 def test_two_runs_in_one_folder_are_refused(train, tmp_path):
     train('--max_steps=1', out='b')
-    process = train.start('--max_steps=9999')
+    process = train.start('--max_steps=9999', '--save_interval=9999')  # it writes no checkpoint in the meantime
     try:
         wait_for(process, '\nstep 0/')
         for init_from in 'scratch', 'resume':
