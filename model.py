@@ -177,7 +177,10 @@ class GPT(nn.Module):
         return self.wte.logits(self.ln_f(x))
 
     def token_losses(self, x, targets):
-        """Hidden states (N, C), targets (N,) -> the cross-entropy of each (N,), in nats, at least in fp32."""
+        """
+        Hidden states (N, C) and targets (N,) -> the cross-entropy of each (N,), in nats, at least in fp32:
+        minus the logarithm of the probability that the model gives to the target.
+        """
         if len(targets) > LOGITS_CHUNK:
             # 8 rows of 1,024 targets would have logits of 1.6 GB. Backward computes those of a chunk again
             chunks = zip(x.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK))

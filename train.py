@@ -249,7 +249,10 @@ if sampled_softmax:
 
 
 def draw_vocabulary(numbers):
-    """The ids, in their order, of the vocabulary for a step on these examples."""
+    """
+    The ids, in their order, of the vocabulary for a step on these examples: some thousand in place of 50,257.
+    It is drawn anew for each step, so that in time every id is one that must not be chosen.
+    """
     in_step = torch.zeros_like(in_some_row)
     for start, end in zip(meta['start'][numbers], meta['end'][numbers]):
         in_step[torch.from_numpy(data['train'].ids[start:end].astype(np.int64))] = True
@@ -263,8 +266,9 @@ def draw_vocabulary(numbers):
 @contextlib.contextmanager
 def smaller_vocabulary(vocabulary, batch):
     """
-    In it the model has no other ids than these, and the batch, which is changed, their places among them.
-    The gradients of their vectors reach the whole matrix.
+    In this context the model has no other ids than these, and the batch, which is changed, holds their places
+    among them: for the vocabulary [7, 9, 300] the ids 9, 300 become 1, 2. Backward belongs into it, too. The
+    gradients of the vectors reach the whole matrix.
     """
     whole = model.wte.weight
     del model.wte.weight
@@ -653,7 +657,10 @@ for step in range(first_step, total_steps + 1):
         elif world_size > 1:
             net.require_backward_grad_sync = is_last_micro_batch
         batch = get_batch('train', chunk)
-        with smaller_vocabulary(vocabulary, batch) if sampled_softmax else contextlib.nullcontext():
+        its_vocabulary = contextlib.nullcontext()  # all ids
+        if sampled_softmax:
+            its_vocabulary = smaller_vocabulary(vocabulary, batch)
+        with its_vocabulary:
             with autocast:
                 micro_loss = net(*batch, loss_reduction='sum') / n_targets
             # torch averages over processes, the sum is wanted

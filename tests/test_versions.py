@@ -26,10 +26,9 @@ def test_the_core_runs_on_torch(version):
         needed = Path(folder, 'requirements.txt')
         needed.write_text(re.sub(r'^torch==\S+', f'torch=={version}', text, flags=re.MULTILINE))
         python = Path(folder, 'venv/bin/python')
-        install = [python, '-m', 'pip', 'install', '-q', '--no-cache-dir', '-r', needed, 'pytest', 'pyarrow']
-        pins = ['-c', ROOT / 'requirements-extra.txt', '-c', ROOT / 'requirements-dev.txt']
+        install = [python, '-m', 'pip', 'install', '-q', '--no-cache-dir', '-r', needed, '-r', ROOT / 'requirements-extra.txt', 'pytest', 'pytest-xdist']
         subprocess.run([sys.executable, '-m', 'venv', python.parent.parent], check=True)
-        subprocess.run([*install, *pins], env=env, check=True)
+        subprocess.run([*install, '-c', ROOT / 'requirements-dev.txt'], env=env, check=True)
         found = subprocess.check_output([python, '-c', 'import torch; print(torch.__version__)'], text=True)
         assert found.startswith(version)
-        subprocess.run([python, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *CORE], cwd=ROOT, env=env, check=True)
+        subprocess.run([python, '-m', 'pytest', '-q', '-n', 'auto', '-p', 'no:cacheprovider', *CORE], cwd=ROOT, env=env, check=True)
