@@ -862,7 +862,7 @@ def describe(table, splits, kept, left_out, source_names):
     Print what each split holds, and what was left out. Prompts and answers of val and test that stand in
     train, too, are counted: a model that has learned them by heart scores well on them.
     """
-    in_train = table[kept['train']]
+    train_keys = {name: table[name][kept['train']] for name in ('prompt_key', 'answer_key')}
     columns = []
     for split, numbers in kept.items():
         its = table[numbers]
@@ -877,9 +877,9 @@ def describe(table, splits, kept, left_out, source_names):
             'truncated': its.is_cut.sum(),
             'dropped': len(splits[split]) - len(its),
             'empty answers': is_empty.sum()}
-        for name in 'prompt', 'answer':
-            is_also = np.isin(its[f'{name}_key'], in_train[f'{name}_key']) & (split != 'train')
-            column[f'{name}s also in train'] = is_also.sum()
+        for name, keys in train_keys.items():
+            is_also = np.isin(its[name], keys) & (split != 'train')
+            column[f'{name.removesuffix("_key")}s also in train'] = is_also.sum()
         for number, name in enumerate(source_names if len(source_names) > 1 else ()):
             column[f'rows of {name}'] = (its.source == number).sum()
         columns.append(column)

@@ -12,6 +12,7 @@ of the stage that runs. A rule in brackets at the end of a setting's comment is 
 import ast
 import difflib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -322,6 +323,14 @@ def hold(folder):
         leftover.unlink()
 
 
+def remove_leftovers(path):
+    """Remove what killed processes left of this file, half-written under names of their own. Linux alone."""
+    for leftover in path.parent.glob(f'{glob.escape(path.name)}.*.tmp'):
+        process = Path('/proc', leftover.name.split('.')[-2])
+        if process.with_name('self').exists() and not process.exists():
+            leftover.unlink(missing_ok=True)
+
+
 def atomic_write(path, write, mode='w'):
     """
     Call write(file) on a temporary file beside path, sync it and rename it to path: a reader finds the old
@@ -331,6 +340,7 @@ def atomic_write(path, write, mode='w'):
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             write(file)
             file.flush()

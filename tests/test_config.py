@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import subprocess
 import symtable
 import sys
+from pathlib import Path
 
 import config
 from config import (
@@ -323,6 +325,18 @@ def test_json_is_read_with_a_byte_order_mark_and_without_numbers_that_are_none(t
     (tmp_path / 'x.json').write_text('[1, ')
     with pytest.raises(UserError, match='cannot read .*x.json'):
         read_json(tmp_path / 'x.json')
+
+
+@pytest.mark.skipif(not Path('/proc/self').exists(), reason='asks /proc which processes run')
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    """But not what a process that runs is writing, nor what belongs to another file."""
+    ended = subprocess.Popen([sys.executable, '-c', ''])
+    ended.wait()
+    kept = [f'x.json.{os.getppid()}.tmp', f'y.json.{ended.pid}.tmp']
+    for name in [f'x.json.{ended.pid}.tmp', *kept]:
+        (tmp_path / name).write_text('half')
+    write_json(tmp_path / 'x.json', 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['x.json', *kept])
 
 
 def test_json_that_nests_too_deep_is_told_in_one_line(tmp_path):
