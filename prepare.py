@@ -526,7 +526,7 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
             else:
                 seen.update(value)
                 yield row
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f'cannot read {path}: {error}') from error
     if number < 0:
         raise UserError(f'{path} has no rows')

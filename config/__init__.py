@@ -303,6 +303,19 @@ if Path(sys.argv[0]).resolve().parent == ROOT:
 # -----------------------------------------------------------------------------
 # files
 
+def remove_leftovers(folder, name='*'):
+    """Remove what killed processes left there of the file of this name, half-written: name.<process>.tmp."""
+    for leftover in folder.glob(f'{name}.*.tmp'):
+        try:
+            # 0 is no signal: it only asks whether the process runs
+            if os.name == 'posix':
+                os.kill(int(leftover.suffixes[-2][1:]), 0)
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except (ValueError, OverflowError, OSError):  # a file of someone else's; a process of another user
+            continue
+
+
 def hold(folder):
     """
     Keep a folder, which is made if need be, for this process until it ends, and remove what killed processes
@@ -319,16 +332,7 @@ def hold(folder):
         raise UserError(f'another process writes to {folder}: wait for it, or name another folder') from error
     except (ImportError, OSError):  # Windows and some network file systems know no such locks
         return
-    for leftover in folder.glob('*.tmp'):
-        leftover.unlink()
-
-
-def remove_leftovers(path):
-    """Remove what killed processes left of this file, half-written under names of their own. Linux alone."""
-    for leftover in path.parent.glob(f'{glob.escape(path.name)}.*.tmp'):
-        process = Path('/proc', leftover.name.split('.')[-2])
-        if process.with_name('self').exists() and not process.exists():
-            leftover.unlink(missing_ok=True)
+    remove_leftovers(folder)
 
 
 def atomic_write(path, write, mode='w'):
@@ -340,7 +344,7 @@ def atomic_write(path, write, mode='w'):
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        remove_leftovers(path.parent, glob.escape(path.name))
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             write(file)
             file.flush()
@@ -384,7 +388,7 @@ def read_jsonl(path):
     for line in path.read_bytes().split(b'\n') if path.exists() else []:
         try:
             records.append(dict(DECODER.decode(line.decode())))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
     return records
 

@@ -20,7 +20,7 @@ init_from = 'data/demo_start.pth'
 block_size = 128
 sampled_softmax = 1024
 
-# five minutes on two cores, and a high rate
+# minutes on two cores, and a high rate
 batch_size = 32
 max_steps = 2700
 learning_rate = 2e-3

@@ -284,7 +284,7 @@ def some_words(rng, words, least, most):
     return some
 
 
-NUMBERS = 'zero one two three four five six seven eight'.split()
+NUMBERS = 'zero one two three four five six seven'.split()
 
 
 def counting(rng, words):

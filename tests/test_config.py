@@ -8,7 +8,6 @@ import re
 import subprocess
 import symtable
 import sys
-from pathlib import Path
 
 import config
 from config import (
@@ -306,10 +305,16 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def ended_process():
+    process = subprocess.Popen([sys.executable, '-c', ''])
+    process.wait()
+    return process.pid
+
+
 def test_two_processes_do_not_write_to_one_folder(tmp_path):
     folder = tmp_path / 'out'
     folder.mkdir()
-    (folder / 'log.json.123.tmp').write_text('half')  # left by a process that was killed
+    (folder / f'log.json.{ended_process()}.tmp').write_text('half')  # left by a process that was killed
     hold(folder)
     assert not list(folder.glob('*.tmp'))
     with pytest.raises(UserError, match='another process writes to'):
@@ -327,13 +332,12 @@ def test_json_is_read_with_a_byte_order_mark_and_without_numbers_that_are_none(t
         read_json(tmp_path / 'x.json')
 
 
-@pytest.mark.skipif(not Path('/proc/self').exists(), reason='asks /proc which processes run')
+@pytest.mark.skipif(os.name != 'posix', reason='asks which processes run')
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     """But not what a process that runs is writing, nor what belongs to another file."""
-    ended = subprocess.Popen([sys.executable, '-c', ''])
-    ended.wait()
-    kept = [f'x.json.{os.getppid()}.tmp', f'y.json.{ended.pid}.tmp']
-    for name in [f'x.json.{ended.pid}.tmp', *kept]:
+    ended = ended_process()
+    kept = [f'x.json.{os.getppid()}.tmp', f'x.json.{10**30}.tmp', 'x.json.mine.tmp', f'y.json.{ended}.tmp']
+    for name in [f'x.json.{ended}.tmp', *kept]:
         (tmp_path / name).write_text('half')
     write_json(tmp_path / 'x.json', 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(['x.json', *kept])
@@ -346,7 +350,7 @@ def test_json_that_nests_too_deep_is_told_in_one_line(tmp_path):
 
 
 def test_lines_that_an_interruption_cut_are_left_out(tmp_path):
-    (tmp_path / 'x.jsonl').write_bytes('{"a": "1\u2028", "b": NaN}\n{"a": \n\n7\n{"a": 2}\n{"a"'.encode())
+    (tmp_path / 'x.jsonl').write_bytes(('{"a": "1\u2028", "b": NaN}\n{"a": \n\n7\n' + '[' * 100_000 + '\n{"a": 2}\n{"a"').encode())
     assert read_jsonl(tmp_path / 'x.jsonl') == [{'a': '1\u2028', 'b': None}, {'a': 2}]
     assert read_jsonl(tmp_path / 'absent') == []
 

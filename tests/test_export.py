@@ -704,7 +704,7 @@ def test_all_are_verified(huggingface, peft, gguf_folder, onnx, torchscript):
 def test_int8_in_transformers_js_layout(again, runs):
     """
     What it costs is said of one prompt at a time, and of prompts in a batch: onnxruntime's dynamic quantization takes one scale for
-    all values of a call (1.22).
+    all values of a call (1.32).
     """
     printed = stage(runs, 'export.py', f'--out_dir={again}', '--to=onnx', '--onnx_type=int8', *FLAGS).stdout
     for how in 'in fp32', 'exported', 'exported, in a batch':

@@ -531,6 +531,12 @@ def test_what_is_left_out_is_counted_and_shown(run, tmp_path):
     assert sum(figures(shown, 'rows')) == 63
 
 
+@pytest.mark.parametrize('text', ['[' * 100_000, '{"instruction": "a", "output": "b", "more": ' + '[' * 100_000 + ']' * 100_000 + '}'])
+def test_json_that_nests_too_deep_is_told_in_one_line(read, text):
+    with pytest.raises(UserError, match='cannot read .*recursion'):
+        read(text)
+
+
 def test_the_json_of_a_split_is_json_whatever_its_rows_held(run, tmp_path):
     """NaN and numbers that are too large become null, and dates and bytes of a Parquet become text."""
     lines = [json.dumps(row | {'score': float('nan'), 'n': [float('inf'), 0.5]}).replace('0.5', '1e999') for row in PLAIN]
