@@ -6,7 +6,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 # what is installed belongs to these files: a change in them installs again
 $(VENV)/demo: requirements.txt
-	@echo 'installing requirements.txt (torch and nine others: 1 to 5 GB, some minutes) into $(VENV)'
+	@echo 'installing requirements.txt (torch and twelve others: 1 to 5 GB, some minutes) into $(VENV)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	touch $@
@@ -56,8 +56,9 @@ bench: $(VENV)/test data/demo.json
 gpu: $(VENV)/demo
 	$(RUN) tests/gpu.py
 
+# what make wrote; runs and data sets of your own stay
 clean:
-	rm -rf out data/*/ data/demo*.json data/demo_start.pth .pytest_cache .ruff_cache
+	rm -rf out/demo data/demo data/demo*.json data/demo_start.* .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -exec rm -rf {} +
 
 .PHONY: demo try test interop versions bench gpu clean

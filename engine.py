@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 EOS = 50256
-LOGITS_PIECE = 256  # tokens of the vocabulary, see InferenceEmbedding
+VOCABULARY_CHUNK = 256  # tokens whose vectors are converted at once, see InferenceEmbedding
 CACHE_GROWTH = 64  # positions by which the cache grows, so that it is not copied at every step
 
 # -----------------------------------------------------------------------------
@@ -40,14 +40,11 @@ def choose_device(device, dtype):
     if the GPU has it, else float16; float32 elsewhere. Raises UserError.
     """
     name = device
-    if device == 'auto' and torch.cuda.is_available():
-        name = 'cuda'
-    elif device == 'auto':
-        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
-    number = None
-    if name == 'cuda':
-        # each process of torchrun has a GPU of its own
-        number = int(os.environ.get('LOCAL_RANK', 0))
+    if device == 'auto':
+        mps_or_cpu = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else mps_or_cpu
+    # each process of torchrun has a GPU of its own
+    number = int(os.environ.get('LOCAL_RANK', 0)) if name == 'cuda' else None
     try:
         device = torch.device(name, number)
         torch.empty(1, device=device)
@@ -120,27 +117,23 @@ class InferenceLinear(nn.Module):
 
     def __init__(self, weight, bias, dtype):
         super().__init__()
-        weight = weight.detach()
-        bias = bias.detach()
         is_cpu = weight.device.type == 'cpu'
-        self.dtype = dtype  # of what goes in and of what comes out
+        if is_cpu and HAS_FBGEMM and dtype.itemsize == 2 and not onednn_computes(dtype):
+            # only the matrix is in half precision: in float16, also where bfloat16 was asked for, as it takes
+            # the same time and rounds less
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), bias.detach().float())
+            self.dtype = torch.float32  # of what goes in and of what comes out
+            self.product = lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+            return
+        self.dtype = dtype
+        weight = weight.detach().to(dtype)
+        bias = bias.detach().to(dtype)
+        self.product = lambda x: F.linear(x, weight, bias)
         if is_cpu and onednn_computes(dtype):
-            weight = weight.to(dtype)
-            bias = bias.to(dtype)
             # in bfloat16 a product takes less time if the matrix has an order of its own; in fp32 it does not
             if dtype == torch.bfloat16:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
             self.product = lambda x: onednn_linear(x, weight, bias)
-        elif is_cpu and HAS_FBGEMM and dtype.itemsize == 2:
-            # only the matrix is in half precision: in float16, also where bfloat16 was asked for, as it takes
-            # the same time and rounds less
-            packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias.float())
-            self.dtype = torch.float32
-            self.product = lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
-        else:
-            weight = weight.to(dtype)
-            bias = bias.to(dtype)
-            self.product = lambda x: F.linear(x, weight, bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.product(x.to(self.dtype))
@@ -164,16 +157,16 @@ class InferenceEmbedding(nn.Module):
     def forward(self, ids):  # (B, T) -> (B, T, C)
         return F.embedding(ids, self.weight)
 
-    def logits(self, x):  # (..., C) -> (..., vocab)
+    def unembed(self, x):  # (..., C) -> (..., vocab)
         n_positions = x.numel() // x.size(-1)
         if self.is_converted and n_positions > 4:
             # F.linear would convert the matrix anew for each position. It is converted once for all of them,
-            # in pieces that the CPU's cache holds
+            # in chunks that the CPU's cache holds
             x = x.float()
-            pieces = []
-            for piece in self.weight.split(LOGITS_PIECE):
-                pieces.append(F.linear(x, piece.float()))
-            return torch.cat(pieces, dim=-1)
+            logits = []
+            for chunk in self.weight.split(VOCABULARY_CHUNK):
+                logits.append(F.linear(x, chunk.float()))
+            return torch.cat(logits, dim=-1)
         linear = onednn_linear if self.has_onednn else F.linear
         return linear(x.to(self.weight.dtype), self.weight)
 
@@ -253,14 +246,12 @@ class KVCache:
 
     def __init__(self, config, device, dtype):
         head_size = config.n_embd // config.n_head
-        self.layers = []
-        for _ in range(config.n_layer):
-            empty = torch.zeros(2, 0, config.n_head, 0, head_size, device=device, dtype=dtype)
-            self.layers.append(empty)
+        shape = 2, 0, config.n_head, 0, head_size
+        self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
 
     def resize(self, n_slots, longest, limit):
         """Make room for n_slots sequences of up to `longest` positions, which will not pass `limit`."""
-        _, old_slots, _, old_length, _ = self.layers[0].shape
+        _, old_slots, n_head, old_length, head_size = self.layers[0].shape
         if n_slots <= old_slots and longest <= old_length <= limit + CACHE_GROWTH:
             return
         length = max(longest, min(longest + CACHE_GROWTH, limit))
@@ -269,8 +260,6 @@ class KVCache:
         positions = min(length, old_length)
         for i, old in enumerate(self.layers):
             # one layer at a time, so that no second cache is needed
-            n_head = old.size(2)
-            head_size = old.size(4)
             new = old.new_zeros(2, n_slots, n_head, length, head_size)
             new[:, :slots, :, :positions] = old[:, :slots, :, :positions]
             self.layers[i] = new
@@ -291,8 +280,8 @@ class Scheduler:
     Which sequences run, in the order of their slots, and how many ids of each a step computes. Those that
     decode come first; at most one, the last, is in the middle of its prompt.
 
-    max_running: sequences at once; max_positions: of all of them in the cache, should each reach its limit;
-    step_size: ids that a step computes, above max_running. prefix: ids whose keys and values are known.
+    max_running: sequences at once; max_positions: the cache's, if every sequence ran to its limit; step_size:
+    ids that a step computes, more than max_running. prefix: ids whose keys and values are known.
     """
 
     def __init__(self, max_running, max_positions, step_size, prefix):
@@ -313,7 +302,7 @@ class Scheduler:
         return n <= self.max_running and n * longest <= self.max_positions
 
     def schedule(self):
-        """Let sequences join: [(sequence, number of its ids to compute)] of all that run; which joined."""
+        """Let sequences join -> [(sequence, number of its ids to compute)] of all; those that joined."""
         n_prefix = len(self.prefix)
         room_to_join = self.step_size - sum(sequence.n_left for sequence in self.running)
         joined = []
@@ -366,11 +355,11 @@ class Engine:
             return causal_attention(q, k, v)
 
         ids = self.tensor(self.scheduler.prefix)
-        self.model.hidden_states(ids[None], attention=attention)
+        self.prefix_hidden = self.model.hidden_states(ids[None], attention=attention)[0]  # (P, C)
         return layers
 
     def add(self, sequence):
-        """Let a sequence wait for room; it joins in one of the next steps."""
+        """Queue a sequence; it joins in one of the next steps."""
         self.scheduler.waiting.append(sequence)
 
     def has_work(self):
@@ -378,7 +367,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def remove(self, sequence):
-        """Take out a sequence that runs or waits; a later slot's moves to its own, so that none is empty."""
+        """Take out a sequence that runs or waits. No slot stays empty: the last sequence moves into it."""
         if sequence in self.scheduler.waiting:
             self.scheduler.waiting.remove(sequence)
             return
@@ -444,8 +433,8 @@ class Engine:
         positions = self.tensor(positions)
         slots = self.tensor(slots)
         attention = self.cached_attention(batch, slots, positions)
-        x = self.model.hidden_states(ids[None], positions[None], attention)  # (1, N, C)
-        return self.model.logits(x[0, self.tensor(ends)])
+        self.hidden = self.model.hidden_states(ids[None], positions[None], attention)[0]  # (N, C)
+        return self.model.logits(self.hidden[self.tensor(ends)])
 
     def tensor(self, numbers):
         """A list of integers on the model's device; an empty one, too, must be of integers to index with."""
@@ -453,9 +442,9 @@ class Engine:
 
     def prompt_pieces(self, batch, n_decoding):
         """
-        What a batch holds of prompts, behind the sequences that decode: for each piece its slot, the first of
-        its positions among the N of the step, the one behind its last, and the mask (n_ids, n_seen) of what
-        they see. They see all that is in the cache, and of the piece itself what is before them.
+        The pieces of prompts in a batch, which follow the sequences that decode, each as (slot, start, end,
+        mask): start:end are its positions among the N of the step. mask (n_ids, n_seen): they see all that is
+        in the cache, and of the piece itself what is before them.
         """
         pieces = []
         start = n_decoding

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from config import (
     UserError,
     atomic_write,
+    check_made_of,
     configure,
     read_json,
     read_jsonl,
@@ -87,7 +88,7 @@ def to_entry(row):
     for field in 'family', 'category', 'source', 'source_file':
         if isinstance(row.get(field), str):
             groups.add(row[field])
-    if 'turns' in row:
+    if 'model_response' not in row:
         entry = Entry(row, row['turns'], row['answers'], row.get('reference') or [], groups)
     else:
         question = '\n\n'.join(filter(None, [row['instruction'], row.get('input')]))
@@ -145,8 +146,9 @@ def find_baseline(path, entries):
                       'it; python sample.py writes it anew')
                 return None, []
     other_entries = read_predictions(other)
-    if [entry.questions for entry in other_entries] != [entry.questions for entry in entries]:
-        raise UserError(f'{other} and {path} do not hold the same questions in the same order')
+    for what in 'questions', 'references':
+        if [getattr(entry, what) for entry in other_entries] != [getattr(entry, what) for entry in entries]:
+            raise UserError(f'{other} and {path} do not hold the same {what} in the same order')
     return other, other_entries
 
 
@@ -489,7 +491,9 @@ class Server:
             # top_p before temperature, since some servers take either, but not both
             for option in 'think', 'max_tokens', 'top_p', 'seed', 'response_format', 'temperature':
                 is_named = option in sent and re.search(rf'\b{option}\b', str(fault))
-                if is_named and fault.status != 429:
+                # a limit that is too large for one question serves the others
+                is_length = re.search('too large|context length', str(fault))
+                if is_named and not is_length and fault.status not in (0, 429):
                     self.refused.add(option)
                     return self.chat(body)
             raise
@@ -534,8 +538,9 @@ def find_server(kept):
     try:
         server.check(is_any)
     except UserError as error:
+        # kind, model, version and digest of the server that gave each of them
         servers = [record['server'] for record in kept.values()]
-        fitting = [its for its in servers if its[:2] == [judge, judge_model]]
+        fitting = [asked for asked in servers if asked[:2] == [judge, judge_model]]
         if not fitting:
             raise
         server.version, server.digest = fitting[-1][2:]
@@ -569,7 +574,9 @@ def ask_all(server, prompts, kept, path):
         try:
             server.chat(body)
         except Fault as fault:
-            raise UserError(f'{server.model} at {server.url} does not answer: {fault}') from fault
+            # it may be this question alone that the server refuses
+            if server.kind == 'ollama' or fault.status not in (400, 413, 422):
+                raise UserError(f'{server.model} at {server.url} does not answer: {fault}') from fault
     lock = threading.Lock()  # of the file, so that a line is whole
 
     def answer(prompt):
@@ -608,8 +615,8 @@ def jackknife(statistic, stats, scale=()):
     is not defined. For a mean, which is the ratio of a sum and a number, this is Student's t.
 
     stats (n, k): what is summed; statistic: sums (k,) -> a number, nan where it is not defined. scale: the
-    ends of the scale that a mean is on. Half a row is added at each end: few or equal scores tell less
-    than they seem to: ten answers of score 100 do not show that all have it.
+    ends of the scale that a mean is on. Half a row is added at each end, so that ten answers that all score
+    100 get an interval of some width.
     """
     found = {'value': statistic(stats.sum(0)), 'low': None, 'high': None, 'n': len(stats)}
     if not math.isfinite(found['value']):
@@ -637,7 +644,7 @@ def mean_interval(values, scale=()):
 
 
 def share_interval(count, n):
-    """The interval of a share in percent, by Wilson: it covers for few rows, and has a width at 0 %."""
+    """Wilson's interval of a share in percent. It covers for few rows, and has a width at 0 % and 100 %."""
     if not n:
         return None
     low, high = binomtest(count, n).proportion_ci(method='wilson')
@@ -757,7 +764,7 @@ def summary(judgements):
             'empty': status['empty'], 'failed': status['failed']}
 
 
-def differences(judgements, others):
+def score_differences(judgements, others):
     """By how much the first of two judgements has the higher score, for each row that both have scored."""
     pairs = [(a['score'], b['score']) for a, b in zip(judgements, others)]
     return [a - b for a, b in pairs if None not in (a, b)]
@@ -769,15 +776,15 @@ def calibration(judgements):
     share_above = {}  # in which share of the rows it scores above the wrong answer
     for group in CALIBRATION:
         groups[group] = summary(judgements[group])
-        found = differences(judgements[group], judgements['wrong answer'])
+        found = score_differences(judgements[group], judgements['wrong answer'])
         share_above[group] = np.mean(np.array(found) > 0) if found else None
     told_apart = share_above['reference']
     findings = []
     if told_apart is None:
         findings.append('the judge could not be tested')
     elif told_apart < 0.75:
-        findings.append(f"this judge scores a reference above another row's in {told_apart:.0%} of the rows "
-                        'alone: its scores mean nothing')
+        findings.append(f"this judge scores a reference above another row's in only {told_apart:.0%} of the "
+                        'rows: its scores mean nothing')
     # neither answers anything, so a judge may not put it above a wrong answer in more than some rows
     for group in 'prompt injection', 'empty':
         share = share_above[group] or 0
@@ -923,7 +930,7 @@ def ask_judge(scores, sides):
             families[group] = summary([judgements[side][number] for number in numbers])['score']
         scores['summary'][side] = summary(judgements[side]) | {'families': families}
     if 'baseline' in sides:
-        scores['paired'] = compare(differences(judgements['run'], judgements['baseline']))
+        scores['paired'] = compare(score_differences(judgements['run'], judgements['baseline']))
     if calibrate:
         scores['calibration'] = calibration(judgements)
     every = itertools.chain(*judgements.values())
@@ -951,19 +958,27 @@ def write_scores(scores):
 def main():
     path = Path(predictions or Path(out_dir, 'instruction-data-with-response.json'))
     entries = read_predictions(path)
+    about = made_of(path)
+    runs = sorted(Path(out_dir).glob('*-sft.json'), key=os.path.getmtime)
+    if runs and not predictions:
+        now = {'weights': read_json(runs[-1]).get('weights', about.get('weights'))}
+        check_made_of(path, about, now, 'python sample.py answers with the model that is there now')
     baseline_path, baseline_entries = find_baseline(path, entries)
     sides = {'run': entries} | ({'baseline': baseline_entries} if baseline_entries else {})
-    has_turns = any('turns' in entry.row for entry in entries)
+    has_turns = any('model_response' not in entry.row for entry in entries)
     if has_turns and judge_style != 'mtbench' and judge != 'reference':
         raise UserError(f'{path} holds questions of several turns: set --judge_style=mtbench')
     rows = [{'row': entry.row, 'run': {}, 'baseline': {}} for entry in entries]
     for result, entry in zip(rows, baseline_entries):
         result['baseline']['replies'] = entry.answers
-    labels = Path(out_dir, 'pseudo-labels.about.json')  # of label.py
+    labels = Path(out_dir, 'pseudo-labels.about.json')  # of label.py, by the same model
+    reliability = []
+    if labels.exists() and read_json(labels).get('made_of', {}).get('weights') == about.get('weights'):
+        reliability = read_json(labels)['reliability']
     scores = {'format': 1, 'config': config, 'predictions': str(path),
-              'compared_with': str(baseline_path or ''), 'made_of': made_of(path), 'judge': {'kind': judge},
+              'compared_with': str(baseline_path or ''), 'made_of': about, 'judge': {'kind': judge},
               'style': judge_style, 'scale': STYLE.scale, 'metrics': {}, 'rows': rows,
-              'reliability': read_json(labels)['reliability'] if labels.exists() else []}
+              'reliability': reliability}
     if not has_turns:  # questions of several turns are open ones, for which the metrics say nothing
         score_references(scores, sides)  # first, since the judge may be missing
     if judge != 'reference':

@@ -17,14 +17,18 @@ from engine import choose_device, for_inference, join_processes
 from prepare import read_rows
 from sample import answer_all, find_run, load_named, load_run, write_answers
 
+from scipy.stats import binomtest
+
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what answers
+init_from = 'gpt2-medium'  # what answers where there is no run, or, as a flag, instead of the run
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 # labels
 label_rows = ''  # a file of rows, as prepare.py reads them; where they have an output, it checks the label
+fields = ''  # what the file calls its fields, as in prepare.py: 'instruction:q,input:c,output:a'
+skip_faulty = False  # leave out faulty rows, counted by reason, instead of refusing the file
 self_consistency = 8  # answers sampled to each row [>= 1]
 min_agreement = 0.5  # rows with a smaller share of answers for their label are left out [0 .. 1]
 # generation
@@ -39,17 +43,22 @@ dtype = 'auto'  # auto: the GPU's best on cuda, else float32 [auto | float32 | b
 config = configure(globals())
 
 
+def simplified(text):
+    """Answers that differ in case, white space or a full stop at the end are the same."""
+    return ' '.join(text.lower().split()).rstrip('.')
+
+
 def vote(candidates):
     """
-    Sampled answers -> (label, agreement). Answers that differ in case, white space and a full stop at the end
-    vote together, for what most of them say word for word. agreement: the share of all answers that vote for
-    the label; empty ones and those cut at the limit have no vote. Of a tie the answer sampled first wins.
+    Sampled answers -> (label, agreement). The label is what most answers say, in its most frequent spelling;
+    agreement is their share of all. Empty answers and those cut at the limit have no vote. In a tie the
+    first answer wins.
     """
     votes = {}
     for candidate in candidates:
         text = candidate['model_response']
         if text and not candidate['truncated']:
-            votes.setdefault(' '.join(text.lower().split()).rstrip('.'), []).append(text)
+            votes.setdefault(simplified(text), []).append(text)
     if not votes:
         return '', 0.0
     winners = max(votes.values(), key=len)
@@ -58,15 +67,10 @@ def vote(candidates):
 
 def reliability(rows):
     """Rows with agreement and reference -> for each range of agreement which share of the labels is right."""
-    try:
-        from scipy.stats import binomtest
-    except ImportError:
-        print('labels are not compared with the outputs: pip install scipy')
-        return []
     table = []
     for low, high in itertools.pairwise((0, 0.25, 0.5, 0.75, 1, math.inf)):
         inside = [row for row in rows if low <= row['agreement'] < high]
-        n_right = sum(row['output'].strip() == row['reference'].strip() for row in inside)
+        n_right = sum(simplified(row['output']) == simplified(row['reference']) for row in inside)
         if inside:
             share = binomtest(n_right, len(inside)).proportion_ci(method='wilson')
             right = {'value': n_right / len(inside), 'low': float(share.low), 'high': float(share.high)}
@@ -103,15 +107,15 @@ def label(loaded, rows, path, rank, world_size):
     for line in table:
         share = '{value:6.1%} [{low:.1%}, {high:.1%}]'.format(**line['right'])
         print(f'{line["from"]:.2f} to {line["to"]:.2f}{line["rows"]:6}  {share}')
-    print(f'{len(labelled)} of {len(rows)} rows got a label, to the other {n_left_out} too few answers '
-          f'agree: wrote {path}.json')
+    print(f'{len(labelled)} of {len(rows)} rows got a label, the other {n_left_out} are left out: '
+          f'wrote {path}.json')
 
 
 if __name__ == '__main__':
     if not label_rows:
         raise UserError('name the rows: --label_rows=unlabelled.json')
     run = find_run(config)
-    rows = list(read_rows(label_rows, needs_output=False))
+    rows = list(read_rows(label_rows, fields, needs_output=False, skip_faulty=skip_faulty))
     torch_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(torch_device)
     loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from)

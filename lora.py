@@ -6,12 +6,13 @@ frozen matrices are in 4 bits.
     add_lora(model, rank=16, alpha=16.0, quantize='nf4')     # and keeps its matrices in 4 bits
     save_adapter(model, 'adapter.safetensors', about)        # A and B alone, a few MB
     load_adapter(model, 'adapter.safetensors')               # onto a freshly loaded base
-    merge_lora(model)                                        # W + B A: a plain GPT again
+    merge_lora(model)                                        # W + alpha / rank * B A: a plain GPT again
     merged_state_dict(model)                                 # the same as a state dict; the model stays
 """
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from config import UserError, atomic_write, check_made_of
 from model import GPTConfig, fingerprint
@@ -39,7 +40,7 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
-        """x (..., in) -> (..., out). The scale goes to B, which is smaller than what B computes."""
+        """x (..., in) -> (..., out). B is scaled, which is smaller than the output."""
         z = F.linear(self.drop(x), self.A)  # (..., rank)
         B = self.B * self.scale
         return self.base(x) + F.linear(z, B)
@@ -153,6 +154,8 @@ def save_adapter(model, path, about, write=True):
 def read_adapter(path):
     """A file of save_adapter -> (A and B by name, what it says of itself). UserError if it is not one."""
     from safetensors import safe_open
+    if Path(path).is_dir():
+        path = Path(path, 'adapter.safetensors')
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata()
@@ -176,8 +179,7 @@ def load_adapter(model, path):
     if shape != about['model']:
         raise UserError(f'{path} fits {about["init_from"]} ({about["model"]}), not {shape}')
     # a base of the same shape that was trained otherwise would give answers of neither model
-    weights = dict(model.named_parameters())
-    base = {'base weights': fingerprint(weights)}
+    base = {'base weights': fingerprint(model.state_dict())}
     check_made_of(path, about.get('made_of', {}), base, f'it fits {about["init_from"]} as that was then')
     add_lora(model, **about['lora'])
     # all names must fit: what is loaded in part answers like the base

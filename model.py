@@ -80,7 +80,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """What a position makes of its own channels, through four times as many."""
+    """Two layers on each position alone, the one between them four times as wide."""
 
     def __init__(self, config):
         super().__init__()
@@ -94,7 +94,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream x, each behind a norm of its own."""
+    """Attention and MLP, each added to the residual stream x, each after a norm of its own (pre-norm)."""
 
     def __init__(self, config):
         super().__init__()
@@ -111,9 +111,9 @@ class Block(nn.Module):
 
 
 class TiedEmbedding(nn.Embedding):
-    """The token vectors, which are the rows of the output layer, too. There is no lm_head."""
+    """The token embedding, whose matrix is the output layer's, too (tied weights). There is no lm_head."""
 
-    def logits(self, x):
+    def unembed(self, x):
         """x (..., C) -> (..., vocab)."""
         return F.linear(x, self.weight)
 
@@ -174,7 +174,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Hidden states (..., C) -> logits (..., vocab)."""
-        return self.wte.logits(self.ln_f(x))
+        return self.wte.unembed(self.ln_f(x))
 
     def token_losses(self, x, targets):
         """
@@ -212,8 +212,8 @@ class GPT(nn.Module):
     def generate(self, ids, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=50256):
         """
         A prompt's ids (a list) -> the list of new ids, up to an end-of-text, which is left out. Call
-        model.eval() first where the model has dropout. This is the
-        definition: engine.generate gives the same ids, of many prompts at once, with a cache.
+        model.eval() first where the model has dropout. This is the definition: engine.generate gives the same
+        ids, of many prompts at once, with a cache.
         """
         rng = random_numbers(ids, seed)
         new_ids = []
@@ -265,7 +265,7 @@ class GPT(nn.Module):
 # what generate and engine.py share, and what tells models apart
 
 def random_numbers(ids, seed):
-    """The random numbers of one answer: set by its prompt and the seed, whatever is computed beside it."""
+    """The random numbers of one answer. They depend on its prompt and the seed alone."""
     return np.random.default_rng([seed % 2**32, *ids])
 
 
@@ -363,11 +363,11 @@ def read_checkpoint(path):
         tensors = convert_tensors(tensors)
         if not fields and not beside.exists():
             return guess_config(tensors, path, beside), tensors
-    if not fields:
-        path = beside
-        fields = read_json(beside)
-        fields = fields.get('model', fields)  # the .json of a run tells more than the shape of its model
-    return make_config(fields, path), tensors
+    if fields:
+        return make_config(fields, path), tensors
+    fields = read_json(beside)
+    # the .json of a run tells more than the shape of its model
+    return make_config(fields.get('model', fields), beside), tensors
 
 
 def read_json(path):
@@ -706,7 +706,7 @@ def fetch_first(urls, path, size, sha256):
             continue
         try:
             fetch(session, url, part)
-            check(part, size, sha256)
+            check_or_remove(part, size, sha256)
             os.replace(part, path)
             return
         except requests.RequestException as error:
@@ -719,8 +719,8 @@ def fetch_first(urls, path, size, sha256):
     raise ModelError(f'cannot download {path.name}: {tried}')
 
 
-def check(part, size, sha256):
-    """ModelError if a downloaded part is not the right file. It is removed, since no rest would mend it."""
+def check_or_remove(part, size, sha256):
+    """ModelError if a downloaded part is not the right file. It is removed: going on would not mend it."""
     n_bytes = part.stat().st_size
     with open(part, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()

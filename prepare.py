@@ -32,7 +32,7 @@ from config import (
     DECODER,
     UserError,
     configure,
-    hold,
+    lock_folder,
     read_json,
     read_jsonl,
     sha256_of,
@@ -89,7 +89,8 @@ def format_prompt(row):
 
 
 # what stands before the instruction, and what between the last of the row's texts and the answer
-BEFORE_INSTRUCTION, RESPONSE_HEADER = format_prompt({'instruction': '\0'}).split('\0')
+BEFORE_INSTRUCTION, _, AFTER_INSTRUCTION = format_prompt({'instruction': '\0'}).partition('\0')
+RESPONSE_HEADER = AFTER_INSTRUCTION.rpartition('\0')[2]
 # without the last character of BEFORE_INSTRUCTION, which may merge with white space behind it
 PREFIX = BEFORE_INSTRUCTION[:-1]
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
@@ -182,7 +183,7 @@ def encode_row(row, block_size):
 # files to values: JSON, JSONL, CSV or Parquet, known by their first bytes
 
 class Fault(ValueError):
-    """What is wrong with a row or a file: in words that others may share, behind a colon what was seen."""
+    """What is wrong with a row or a file, '<reason>: <what was seen>'. Rows are counted by reason."""
 
 
 def shown(value):
@@ -194,7 +195,8 @@ def shown(value):
 # what people take for rows, by its first bytes; a download that failed is often a web page
 OTHER_FORMATS = {
     b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'\xfd7zXZ': 'compressed by xz',
-    b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page'}
+    b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page',
+    b'\xff\xfe': 'text in UTF-16', b'\xfe\xff': 'text in UTF-16'}
 
 
 def read_values(path):
@@ -203,7 +205,7 @@ def read_values(path):
         magic = file.read(8)
     for mark, name in OTHER_FORMATS.items():
         if magic.startswith(mark):
-            raise Fault(f'it is {name}: save it as JSON, JSONL, CSV or Parquet, gzipped or not')
+            raise Fault(f'it is {name}: save it as JSON, JSONL or CSV in UTF-8, or as Parquet')
     if magic.startswith(b'PAR1'):
         yield from read_parquet(path)
         return
@@ -226,13 +228,17 @@ def read_table(file):
     header = next((line for line in file if line.strip()), '')
     # the one that the header has most of: the cells below it may be full of commas
     delimiter = max(',;\t', key=header.count)
-    if delimiter not in header:
+    if delimiter not in header and header.strip() not in CONVENTIONS:
         raise Fault(f'it is not JSON, JSONL, CSV or Parquet: it begins with {shown(header)}')
     csv.field_size_limit(1 << 30)
     lines = itertools.chain([header], file)
     try:
         # strict: a quotation mark that nothing closes would take the rest of the file for one cell
-        yield from csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        names = list(filter(None, table.fieldnames))
+        if len(set(names)) < len(names):
+            raise Fault(f'two of its columns have the same name: {shown(names)}')
+        yield from table
     except csv.Error as error:
         raise Fault(f'a quotation mark in it is not closed, or not doubled within a cell: {error}') from error
 
@@ -285,9 +291,17 @@ def read_parquet(path):
             for cells in zip(*map(values_of, batch.columns)):
                 row = dict(zip(batch.schema.names, cells))
                 # what JSON does not know must not reach our files: NaN becomes null, dates become text
-                yield DECODER.decode(json.dumps(row, default=str))
+                yield DECODER.decode(json.dumps(row, default=as_text))
     except pyarrow.ArrowException as error:
         raise Fault(f'it is not a whole Parquet file: {error}') from error
+
+
+def as_text(value):
+    """A value that JSON does not know as text. Some writers store texts as bytes."""
+    try:
+        return value.decode()
+    except (AttributeError, UnicodeDecodeError):
+        return str(value)
 
 
 def values_of(column):
@@ -332,9 +346,10 @@ CONVENTIONS = {
     'query': ('response', 'output', 'completion', 'answer'),
 }
 CHATS = 'messages', 'conversations', 'conversation'  # fields that hold a chat, a list of messages
+REASONING = 'reasoning_content', 'reasoning', 'thinking'  # what a chat's message may hold beside its text
 SYSTEM = 'system', 'developer'  # what the roles in chats are called
 USER = 'user', 'human', 'prompter'
-ASSISTANT = 'assistant', 'gpt', 'chatgpt', 'model', 'bot'
+ASSISTANT = 'assistant', 'gpt', 'chatgpt', 'model', 'bot', 'ai'
 
 
 def rows_of_columns(table):
@@ -346,13 +361,15 @@ def rows_of_columns(table):
     return [dict(zip(table, cells)) for cells in zip(*columns)]
 
 
-def unwrap(value):
+def unwrap(value, given):
     """
     A file's value -> its rows. Mostly it is one. It may hold several, as {"data": [{...}, {...}]}; or
     columns, as {"instruction": ["a", "b"], "output": ["c", "d"]}; or, in self-instruct's form, several inputs
-    and outputs to one instruction: {"instruction": "a", "instances": [{"input": "b", "output": "c"}]}.
+    and outputs to one instruction: {"instruction": "a", "instances": [{"input": "b", "output": "c"}]}. given:
+    {ours: theirs} of the setting fields.
     """
-    if not isinstance(value, dict) or not value.keys().isdisjoint(CHATS):
+    is_row = not isinstance(value, dict) or given.get('instruction') in value
+    if is_row or not value.keys().isdisjoint(CHATS):
         return [value]
     lists = [cells for cells in value.values() if isinstance(cells, list) and cells]
     tables = [cells for cells in lists if isinstance(cells[0], dict)]
@@ -369,6 +386,8 @@ def unwrap(value):
 def text_of(message):
     """The text of a chat's message, '' if it has none. Fault if it has parts that are not text."""
     content = message.get('content') or message.get('value') or message.get('text') or ''
+    if message.get('images'):  # Ollama's place for them
+        raise Fault('a message of its chat holds images')
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get('text') if isinstance(part, dict) else part
@@ -392,8 +411,8 @@ def messages_of(chat):
 
 def first_exchange(chat, needs_output):
     """
-    A chat -> {instruction, input, output} of its first exchange: what the user says first, the system's text
-    before it, and the answer. What else there is, is counted. Fault if there is no such exchange.
+    A chat -> {instruction, input, output} of its first exchange: what the user says first, the system's text,
+    and the answer. The messages that are left out are counted. Fault if there is no such exchange.
     """
     system = []
     question = []
@@ -402,7 +421,9 @@ def first_exchange(chat, needs_output):
     messages = messages_of(chat)
     for message in messages:
         role = str(message.get('role') or message.get('from')).lower()
-        if role in SYSTEM and not question:
+        if message.get('channel') == 'analysis':  # thoughts, in the chats of gpt-oss
+            continue
+        if role in SYSTEM:
             system.append(text_of(message))
         elif role in USER:
             question.append(text_of(message))
@@ -412,13 +433,15 @@ def first_exchange(chat, needs_output):
     if not question:
         raise Fault('its chat has no message of the user')
 
-    # a call of a tool is no answer, and weight 0 is how OpenAI's files mark an answer as not to be learned
+    # a call of a tool is no answer, and weight 0 is how OpenAI's files mark an answer as not to be learned;
+    # others write train or loss
+    is_excluded = answer.get('weight') in (0, '0') or False in (answer.get('train'), answer.get('loss'))
     fault = ''
     if not answer:
         fault = 'the first question of its chat is not answered'
     elif role not in ASSISTANT or answer.get('tool_calls') or answer.get('function_call'):
         fault = f'the first question of its chat is not answered, but followed by a tool call: {role}'
-    elif answer.get('weight') == 0:
+    elif is_excluded:
         fault = 'the first answer of its chat has weight 0'
     elif not text_of(answer).strip():
         fault = 'the first answer of its chat is empty'
@@ -431,7 +454,7 @@ def first_exchange(chat, needs_output):
         'messages_left_out': len(messages) - n_taken}
     if not fault:
         row['output'] = text_of(answer)
-    if answer.get('reasoning_content') or answer.get('thinking'):
+    if any(answer.get(name) for name in REASONING):
         row['reasoning_left_out'] = 1
     return row
 
@@ -439,14 +462,19 @@ def first_exchange(chat, needs_output):
 def find_names(row, given):
     """
     What instruction, input and output are called in this row: as given, or by a convention that it has. Each
-    row has its own, since files of several data sets are often joined.
+    row has its own, since files of several data sets are often joined, which leaves cells empty: a name with
+    an empty cell is taken only if there is no other.
     """
     if given.get('instruction') in row:
         return given['instruction'], given.get('input', 'input'), given['output']
-    instruction = next((name for name in CONVENTIONS if name in row), 'instruction')
-    output = next((name for name in CONVENTIONS[instruction] if name in row), 'output')
-    is_context = 'input' not in row and 'context' in row
-    return instruction, 'context' if is_context else 'input', output
+
+    def first_of(names, default):
+        present = [name for name in names if name in row]
+        return next((name for name in present if row[name]), present[0] if present else default)
+
+    instruction = first_of(CONVENTIONS, 'instruction')
+    output = first_of(CONVENTIONS[instruction], 'output')
+    return instruction, first_of(('input', 'context'), 'input'), output
 
 
 def to_row(value, given, needs_output=True):
@@ -469,14 +497,21 @@ def to_row(value, given, needs_output=True):
     chat = next((name for name in CHATS if name in row), None)
     if chat and not is_named:
         row |= first_exchange(row.pop(chat), needs_output)
-    for ours, theirs in zip(FIELDS, find_names(row, given)):
-        if theirs in row:
-            row[ours] = row.pop(theirs)
-            if not isinstance(row[ours], str):
-                raise Fault(f'{theirs} is not a text: {shown(row[ours])}')
+    if row.get('label') is False and 'completion' in row:
+        raise Fault('label is false, so its answer is not to be learned')  # TRL's unpaired preferences
+    names = find_names(row, given)
+    # all are taken before one is put back, since fields may exchange them
+    cells = [row.pop(theirs, None) for theirs in names]
+    for ours, theirs, cell in zip(FIELDS, names, cells):
+        if isinstance(cell, str):
+            row[ours] = cell
+        elif cell is not None:
+            raise Fault(f'{theirs} is not a text: {shown(cell)}')
         elif ours == 'instruction' or ours == 'output' and needs_output:
+            if theirs in value:
+                raise Fault(f'{theirs} is missing in this row')
             raise Fault(f'{theirs} is missing: say which of {", ".join(value)[:160]} it is, '
-                        '--fields=instruction:...,output:...')
+                        '--fields=instruction:...,output:..., or with input:...')
     if not row['instruction'].strip():
         raise Fault('instruction is empty')
     # a system prompt in a column of its own comes before the input, earlier turns are counted
@@ -492,7 +527,7 @@ def to_row(value, given, needs_output=True):
 
 def parse_fields(fields):
     """
-    The setting fields -> {ours: theirs}: 'instruction:q,output:a' -> {'instruction': 'q', 'output': 'a'}.
+    The setting fields -> {ours: theirs}, as 'instruction:q,output:a' -> {'instruction': 'q', 'output': 'a'}.
     UserError if it lacks instruction or output, which nothing can be guessed for.
     """
     pairs = fields.split(',') if fields else []
@@ -514,7 +549,7 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
     faults = {}
     number = -1
     try:
-        values = itertools.chain.from_iterable(map(unwrap, read_values(path)))
+        values = (row for value in read_values(path) for row in unwrap(value, given))
         for number, value in enumerate(values):
             try:
                 row = to_row(value, given, needs_output)
@@ -527,7 +562,10 @@ def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=No
                 seen.update(value)
                 yield row
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f'cannot read {path}: {error}') from error
+        advice = ': save it in UTF-8' if isinstance(error, UnicodeDecodeError) else ''
+        if Path(path).name.startswith('download-'):
+            advice += '; remove it to download it again'
+        raise UserError(f'cannot read {path}: {error}{advice}') from error
     if number < 0:
         raise UserError(f'{path} has no rows')
     if faults and not skip_faulty:
@@ -554,7 +592,7 @@ def find_sources(names):
             from model import download  # here, as files at hand need no torch
             paths[name] = download([name], Path('data', dataset, f'download-{sha256_of(name)[:8]}'))
             continue
-        found = sorted(glob.glob(name, recursive=True)) or [name]
+        found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) or [name]
         # a script beside it that is called after it writes it: make_demo.py demo.json and demo_heldback.json
         script = Path(name).with_name(f'make_{Path(name).stem.partition("_")[0]}.py')
         if not Path(found[0]).exists() and script.exists():
@@ -581,8 +619,8 @@ def read_sources(sources, left_out, seen):
             yield number, row
 
 
-# what memory holds of each row: where its ids and its text lie in two files, its number of ids and where in
-# them header and answer begin, and hashes by which rows, prompts and answers are compared
+# a record of integers for each row, which is all that memory holds of it: where its ids and its text lie in
+# two files, how many ids it has and where in them header and answer begin, and hashes to compare rows by
 COLUMNS = ('source', 'ids_at', 'length', 'header', 'answer', 'is_cut', 'spells_end', 'text_at', 'text_size',
            'row_key', 'prompt_key', 'answer_key')
 
@@ -824,18 +862,21 @@ def make_batch(data, numbers, packing=True, loss_on='response', block_size=1024)
     segments = np.full((B, T), -1)
     for b, row in enumerate(rows):
         # the shared prefix, segment 0, is read from the row's first example
-        sizes = [n_shared, *lengths[row]]
-        segment = np.repeat(np.arange(len(sizes)), sizes)
-        example = np.array([row[0], *row])[segment]
-        spans = [np.arange(n_shared)] + [n_shared + np.arange(length) for length in lengths[row]]
-        position = np.concatenate(spans)
-        at = start[example] + position  # where each id lies in the file
-        t = len(at)
-        x[b, :t] = ids[at]
-        positions[b, :t] = position
-        segments[b, :t] = segment if packing else 0
-        is_supervised = at + 1 >= first[example]
-        y[b, :t][is_supervised] = ids[at[is_supervised] + 1]
+        prefix_start = start[row[0]]
+        x[b, :n_shared] = ids[prefix_start:prefix_start + n_shared]
+        positions[b, :n_shared] = np.arange(n_shared)
+        segments[b, :n_shared] = 0
+        t = n_shared
+        for segment, i in enumerate(row, 1):
+            own = ids[start[i] + n_shared:end[i]]
+            n = lengths[i]
+            x[b, t:t + n] = own[:-1]
+            positions[b, t:t + n] = n_shared + np.arange(n)
+            segments[b, t:t + n] = segment if packing else 0
+            # the ids up to the first target are only inputs
+            n_unsupervised = first[i] - start[i] - n_shared - 1
+            y[b, t + n_unsupervised:t + n] = own[1 + n_unsupervised:]
+            t += n
     return x, y, positions, segments
 
 
@@ -950,7 +991,7 @@ def main():
     split_of = []  # for each of them the split that its rows are for; '': they are split by the shares
     for split, names in ('', source), ('val', val_source), ('test', test_source):
         found = find_sources(names)
-        if found.keys() & sources.keys():
+        if set(map(os.path.realpath, found.values())) & set(map(os.path.realpath, sources.values())):
             raise UserError(f'{split}_source names a file that another split has: {names}')
         sources |= found
         split_of += [split] * len(found)
@@ -959,7 +1000,7 @@ def main():
     source_names = ' | '.join(filter(None, [source, val_source, test_source]))
     folder = Path('data', dataset)
     check_folder(folder, source_names)
-    hold(folder)
+    lock_folder(folder)
     part = folder / '.part'
     try:
         shutil.rmtree(part, ignore_errors=True)

@@ -6,6 +6,7 @@ Answer the test split with the fine-tuned model and with the one it came from; o
     python sample.py config/sft_medium.py --interactive=True
     torchrun --nproc_per_node=2 sample.py config/sft_medium.py
 """
+import contextlib
 import json
 import os
 import sys
@@ -43,7 +44,7 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # the model that answers where there is no run, or that a flag asks for instead
+init_from = 'gpt2-medium'  # what answers where there is no run, or, as a flag, instead of the run
 adapter = ''  # an adapter.safetensors to put on init_from
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
@@ -90,11 +91,11 @@ def find_run(config):
     """
     out = Path(config['out_dir'])
     run = newest(out.glob('*-sft.json'))
-    named = config['init_from'] if 'init_from' in config.flags else ''
-    if run and (not named or named in ('resume', read_json(run)['init_from'])):
-        return run
-    is_named = named or 'init_from' in config.files
-    if not run and (not is_named or config['init_from'] in ('scratch', 'resume')):
+    if run:
+        is_another = config['init_from'] not in ('resume', read_json(run)['init_from'])
+        return None if 'init_from' in config.flags and is_another else run
+    is_named = 'init_from' in config.flags | config.files
+    if not is_named or config['init_from'] in ('scratch', 'resume'):
         there = 'has no run' if out.exists() else 'does not exist'
         raise UserError(f'{out} {there}: train one with python train.py, or name a model, like '
                         '--init_from=gpt2')
@@ -106,7 +107,7 @@ def load_run(run):
     about = read_json(run)
     path = run.with_suffix('.pth')
     model = GPT.from_pretrained(path, vocab_size=VOCAB_SIZE)
-    weights = fingerprint(dict(model.named_parameters()))
+    weights = fingerprint(model.state_dict())
     check_made_of(run, about, {'weights': weights}, f'{path} was replaced')
     made_of = about.get('made_of', {}) | {'weights': weights, 'source rows': about['sha256']}
     val_loss = 'not measured' if about['val_loss'] is None else f'{about["val_loss"]:.4f}'
@@ -124,12 +125,12 @@ def load_named(where, cache_dir='', download_from='openai', adapter=''):
         loaded = load_run(run)
     else:
         model = GPT.from_pretrained(where, cache_dir, download_from, vocab_size=VOCAB_SIZE)
-        loaded = Loaded(model, where, {'weights': fingerprint(dict(model.named_parameters()))})
+        loaded = Loaded(model, where, {'weights': fingerprint(model.state_dict())})
     if not adapter:
         return loaded
     about = load_adapter(loaded.model, adapter)
     merge_lora(loaded.model)
-    made_of = about.get('made_of', {}) | {'weights': fingerprint(dict(loaded.model.named_parameters()))}
+    made_of = about.get('made_of', {}) | {'weights': fingerprint(loaded.model.state_dict())}
     return Loaded(loaded.model, f'{where} with {adapter}', made_of)
 
 
@@ -140,8 +141,11 @@ def load_base(run, cache_dir='', download_from='openai'):
         torch.manual_seed(about['config']['seed'])
         model = GPT(GPTConfig(**about['model']))
     else:  # by the name or the path that training was given
-        model = GPT.from_pretrained(about['init_from'], cache_dir, download_from, vocab_size=VOCAB_SIZE)
-    made_of = {'base weights': fingerprint(dict(model.named_parameters()))}
+        try:
+            model = GPT.from_pretrained(about['init_from'], cache_dir, download_from, vocab_size=VOCAB_SIZE)
+        except ModelError as error:
+            raise UserError(f'{error}. The run began with it: --before=False leaves it out') from error
+    made_of = {'base weights': fingerprint(model.state_dict())}
     check_made_of(run, about.get('made_of', {}), made_of,
                   f'{about["init_from"]} is not what it was: --before=False leaves it out')
     name = f'{about["init_from"]} (before fine-tuning)'
@@ -206,7 +210,7 @@ def answer_all(loaded, rows, path, settings, rank, world_size, seeds=None):
         print(f'{len(results)} of {len(rows)} answers are there already')
     if world_size > 1:
         dist.barrier()  # all have read before one writes
-    # every world_size-th of what is left, so that all have about as much to do
+    # each takes every world_size-th of what is left, so that all have about as much to do
     todo = [i for i in range(len(rows)) if i not in results][rank::world_size]
     bar = tqdm(total=len(todo), unit='answer', disable=None if rank == 0 else True)
     with open(f'{path}.part{rank}', 'a', encoding='utf-8') as file:
@@ -280,6 +284,7 @@ def answer_questions(model, path, out, config):
         lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
         asked = [json.loads(line) for line in lines if line.strip()]
         rows = [{'instruction': question['turns'][0]} for question in asked]
+        rows[0]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f'{path} is not a JSONL of questions with turns: {error!r}') from error
     answer(model, rows, lambda i, result: asked[i].update(answers=[result['model_response']]), config)
@@ -293,23 +298,35 @@ def print_answer(model, instruction, input, config):
     answer(model, [row], lambda i, result: print(result['model_response']), config)
 
 
-def show_examples(dataset):
-    """Print what the model was trained for: the families of its test rows, and three of them."""
-    rows = read_json(Path('data', dataset, 'test.json')).get('rows', [])
-    # the demo's rows name theirs; other data sets have none, or a column of that name that means anything
-    families = sorted({row['family'] for row in rows if isinstance(row.get('family'), str)})
-    if families:
-        print('it knows these tasks:', ', '.join(families))
+def find_examples(rows):
+    """
+    Rows -> {family: one of its rows, if it is short}. The demo's rows name their family, which is a kind of
+    task; of other rows those that begin with the same three words are one.
+    """
+    families = [row['family'] for row in rows if isinstance(row.get('family'), str)]
+    examples = {}
+    for row in rows:
+        family = row.get('family') if families else ' '.join(row['instruction'].split()[:3])
+        if isinstance(family, str) and len(row['instruction'] + (row.get('input') or '')) < 200:
+            examples.setdefault(family, row)
+    return examples
+
+
+def show_examples(rows):
+    """Print some rows, of as many families as there are, so that a user knows what to type."""
+    examples = find_examples(rows)
+    if any('family' in row for row in examples.values()):
+        print('it knows these tasks:', ', '.join(sorted(examples)))
     print('for example:')
-    for row in rows[:3]:
+    for row in list(examples.values())[:3]:
         print('  ' + ' | '.join(filter(None, [row['instruction'], row.get('input')])).replace('\n', ' '))
 
 
 def talk(model, config):
     """Answer the lines of standard input until it ends or one is empty."""
-    print('an instruction a line; "instruction | input" gives it an input; an empty line or Ctrl-D ends')
-    if Path('data', config['dataset'], 'test.json').exists():
-        show_examples(config['dataset'])
+    print('type an instruction, or "instruction | input"; an empty line or Ctrl-D ends')
+    with contextlib.suppress(UserError):  # the data need not be here
+        show_examples(read_split(config['dataset'], 'test', 1000).meta['rows'])
     while True:
         print('> ', end='', flush=True)
         line = sys.stdin.readline().strip()
@@ -325,6 +342,8 @@ def talk(model, config):
 def main():
     # what answers, and on what
     run = None if adapter else find_run(config)
+    if run and 'dataset' not in config.flags | config.files:
+        config['dataset'] = read_json(run)['config']['dataset']
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
     writes_test_split = not (prompt or interactive or questions)

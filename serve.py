@@ -33,6 +33,7 @@ from prepare import (
     RESPONSE_HEADER,
     SYSTEM,
     USER,
+    VOCAB_SIZE,
     Fault,
     detokenize,
     encode_prompt,
@@ -41,7 +42,7 @@ from prepare import (
     read_split,
     text_of,
 )
-from sample import find_run, load_base, load_named, load_run, response_text
+from sample import find_examples, find_run, load_base, load_named, load_run, response_text
 
 import torch
 import uvicorn
@@ -54,15 +55,15 @@ from starlette.requests import ClientDisconnect
 from stdnum import iban, luhn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# oneDNN and torch would each keep 1,024 products, one for each number of rows: 100 MB in a long run
+# by default oneDNN and torch each cache 1,024 kernels, one for each number of rows: 100 MB in a long run
 for cache in 'LRU_CACHE_CAPACITY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY':
     os.environ.setdefault(cache, '64')
 
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what answers
-before = True  # serve the model before fine-tuning, too
+init_from = 'gpt2-medium'  # what answers where there is no run, or, as a flag, instead of the run
+before = True  # also serve the model before fine-tuning
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 # address
@@ -75,7 +76,7 @@ queue = 64  # answers that may wait for them [>= 1]
 cache_gb = 4.0  # keys and values of all models together [> 0]
 max_new_tokens = 256  # of an answer [>= 1]
 max_body = 100_000  # bytes of a request [>= 1]
-request_timeout = 120.0  # seconds; what there is then is the answer [> 0]
+request_timeout = 120.0  # seconds, after which an answer is cut [> 0]
 # filters
 filters = 'pii,profanity'  # pii, profanity, patterns, several with commas; empty: none
 patterns = ''  # the file of 'patterns': a regular expression a line
@@ -91,7 +92,7 @@ IDLE_SECONDS = 5  # without work, after which the caches are given back
 LOOPBACK = '127.0.0.1', 'localhost', '[::1]'
 
 # -----------------------------------------------------------------------------
-# filters: each finds by evidence, check digits, lengths or a word that stands near, not by looks alone
+# filters: what looks like personal data must be confirmed by check digits, by its length or by a word near it
 
 SPACE = '[ \u00a0\u202f]'  # two of them do not break a line
 EMAIL = re.compile(r"""[^\s@"'()<>,;:\[\]]{1,64}(?:@|[\[(]at[\])])[^\s@"'()<>,;:/\[\]]{1,63}"""
@@ -132,26 +133,27 @@ def whole_size(match):
     return len(match[0])
 
 
-def ends_of_groups(match):
-    """Where what was found may end, since words, a date or a CVV may follow it: behind each group."""
-    return [group.end() for group in re.finditer('[A-Za-z0-9]+', match[0])]
+def valid_size(is_valid):
+    """
+    A function: a match -> how many of its first characters are valid, 0 if none. They end at the end of a
+    group, since words, a date or a CVV may follow.
+    """
+    def size_of(match):
+        for group in re.finditer('[A-Za-z0-9]+', match[0]):
+            if is_valid(match[0][:group.end()]):
+                return group.end()
+        return 0
+    return size_of
 
 
-def iban_size(match):
-    """How many characters of a match are an IBAN, by its country's length and its check digits. 0: none."""
-    for size in ends_of_groups(match):
-        if iban.is_valid(match[0][:size], check_country=False):
-            return size
-    return 0
+def is_iban(text):
+    """By the country's length and the check digits."""
+    return iban.is_valid(text, check_country=False)
 
 
-def card_size(match):
-    """How many characters of a match are a card's number."""
-    for size in ends_of_groups(match):
-        digits = re.sub('[^0-9]', '', match[0][:size])
-        if BRAND.fullmatch(digits) and luhn.is_valid(digits):
-            return size
-    return 0
+def is_card(text):
+    digits = re.sub('[^0-9]', '', text)
+    return bool(BRAND.fullmatch(digits)) and luhn.is_valid(digits)
 
 
 def phone_size(match):
@@ -174,8 +176,9 @@ def rude_size(match):
 
 
 FINDERS = {  # filter: (kind, pattern, how many characters of a match are of this kind)
-    'pii': [('email', EMAIL, whole_size), ('IBAN', IBAN, iban_size), ('card', CARD, card_size),
-            ('phone', PHONE, phone_size), ('phone', BARE_PHONE, bare_phone_size)],
+    'pii': [('email', EMAIL, whole_size), ('IBAN', IBAN, valid_size(is_iban)),
+            ('card', CARD, valid_size(is_card)), ('phone', PHONE, phone_size),
+            ('phone', BARE_PHONE, bare_phone_size)],
     'profanity': [('offensive', WORD, rude_size)],
     'patterns': [],  # the user's, read at the start
 }
@@ -232,20 +235,14 @@ def final_size(text):
 # -----------------------------------------------------------------------------
 # the engine's thread: answers, and the steps that compute them
 
-served = {}  # name: Served
+served = {}  # name: ServingEngine
 # all of torch runs in this thread: with a second pool of OpenMP threads each step would take a third longer
 thread = ThreadPoolExecutor(1)
 
 
-class Served(NamedTuple):
-    engine: 'ServingEngine'
-    about: dict  # as Ollama's dialect lists it
-    examples: list  # rows that the page offers
-
-
 def over_engines(count):
     """A function that adds up what count(engine) gives for each of them."""
-    return lambda: sum(count(model.engine) for model in served.values())
+    return lambda: sum(map(count, served.values()))
 
 
 n_waiting = over_engines(lambda engine: len(engine.scheduler.waiting))
@@ -335,8 +332,8 @@ class Answer(Sequence):
         size = len(self.text)
         if not self.ended:
             # the end of the text may be the beginning of a stop sequence
-            before_stop = size + 1 - max([len(stop) for stop in self.stop], default=1)
-            size = final_size(self.text[:max(before_stop, 0)])
+            longest = max(map(len, self.stop), default=1)
+            size = final_size(self.text[:max(size - longest + 1, 0)])
         # the text from its beginning is masked, since what stands before a number tells what it is
         masked = mask(self.text[:size])
         text = masked[len(self.sent):]
@@ -384,19 +381,17 @@ def score(ids, logits, n_top):
 class ServingEngine(Engine):
     """
     An Engine that survives a step that fails, and records the log-probabilities of tokens. Requests append to
-    the waiting sequences; all else happens in the engine's thread.
+    the waiting sequences; all else happens in the engine's thread. about: the model as Ollama's dialect lists
+    it. examples: rows that the page offers.
     """
 
-    def __init__(self, model, cache_bytes):
+    def __init__(self, model, cache_bytes, about, examples):
         # the template's words before the instruction are computed once, here
-        model.h[-1].register_forward_hook(self.keep_hidden)
         prefix = prefix_ids()[:model.config.block_size - 1]
         super().__init__(model, prefix, cache_bytes, max_active, max_active + PREFILL_SIZE)
-        self.prefix_hidden = self.hidden
+        self.about = about
+        self.examples = examples
         self.changed = asyncio.Event()  # set when there is something to compute
-
-    def keep_hidden(self, block, inputs, output):
-        self.hidden = output[0]  # (N, C), what the last block returned for the positions of a step
 
     def compute(self, batch):
         logits = super().compute(batch)
@@ -439,8 +434,9 @@ class ServingEngine(Engine):
 
     def start_again(self, error):
         """
-        After a step that failed half as many answers run at once; all ids are computed anew, which changes
-        nothing. The newest go first, since they may be the cause. One that ran alone is: then all run again.
+        After a step that failed half as many answers run at once, and all keys and values are computed anew.
+        The newest go first, since they may be the cause. An answer that fails alone ends with the error, and
+        then as many as before run at once again.
         """
         # keys and values are forgotten, since a step that failed has written a part of them
         running = self.scheduler.running[:]
@@ -491,7 +487,7 @@ def run_in_thread(function):
 # a request
 
 class GenerateRequest(BaseModel):
-    """The fields of both dialects that are built; Ollama's options are taken as fields."""
+    """The fields of both dialects that are supported; Ollama's options are taken as fields."""
     model: str = ''
     messages: list[dict[str, Any]] = []
     prompt: str | list[str] | list[int] | list[list[int]] = ''
@@ -519,7 +515,7 @@ class GenerateRequest(BaseModel):
 
 
 RENAMED = {'name': 'model', 'max_completion_tokens': 'max_tokens', 'num_predict': 'max_tokens'}
-# settings that are not built: with these values, or without any, they would change nothing
+# settings that are not supported: with these values, or without any, they would change nothing
 NEUTRAL = {'top_p': 1, 'repeat_penalty': 1, 'typical_p': 1, 'best_of': 1, 'response_format': {'type': 'text'}}
 
 
@@ -541,22 +537,24 @@ async def read_body(request):
                 body += chunk
                 if len(body) > max_body:
                     raise HTTPException(413, f'a request may have {max_body:,} bytes')
-        fields = dict(json.loads(body))
-        fields |= dict(fields.pop('options', None) or {})
+        fields = json.loads(body)
+        fields |= fields.pop('options', None) or {}
+        if not isinstance(fields, dict):
+            raise TypeError
     except TimeoutError:
         raise HTTPException(408, 'the request did not come in time', {'Connection': 'close'}) from None
-    except (ValueError, TypeError, RecursionError, ClientDisconnect):
+    except (ValueError, TypeError, AttributeError, RecursionError, ClientDisconnect):
         raise HTTPException(400, 'the request is not a complete JSON object') from None
     return {RENAMED.get(key, key): value for key, value in fields.items() if value is not None}
 
 
 async def parse_request(request, headers):
-    """A request -> a GenerateRequest. headers: of the reply, in which is told what is not heeded."""
+    """A request -> a GenerateRequest. headers: of the reply, in which settings that are ignored are named."""
     fields = await read_body(request)
     known = GenerateRequest.model_fields.keys()
     if is_ollama(request):
         known -= {'n', 'echo'}
-    # a header tells of settings that are not built; a key from outside must not break it
+    # a key from outside must not break the header
     ignored = []
     for key in fields.keys() - known:
         value = fields.pop(key)
@@ -610,20 +608,17 @@ def template_prompt(asked, headers, masked):
     return encode_prompt(row)
 
 
-def raw_prompt(prompt, vocab_size, masked):
+def raw_prompt(prompt, masked):
     """The ids of a text, or ids, that are to be continued. HTTPException: there is nothing in it."""
-    text = prompt
-    if isinstance(prompt, list):
-        if not all(0 <= id < vocab_size for id in prompt):
-            raise HTTPException(400, f'the ids of a prompt are from 0 to {vocab_size - 1}')
-        text = detokenize(prompt)
+    ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else prompt
+    if not all(0 <= id < VOCAB_SIZE for id in ids):
+        raise HTTPException(400, f'the ids of a prompt must be from 0 to {VOCAB_SIZE - 1}')
+    text = detokenize(ids)
     if not text.strip():
         raise HTTPException(400, 'there is no instruction: the prompt is empty')
-    # the ids that were sent stay as they are: the text's own may be others
+    # ids that were sent stay as they are, since the text's own may be others
     masked_text = mask(text, masked)
-    if prompt is text or masked_text != text:
-        return get_tokenizer().encode_ordinary(masked_text)
-    return prompt
+    return ids if masked_text == text else get_tokenizer().encode_ordinary(masked_text)
 
 
 def read_prompts(asked, is_raw, headers):
@@ -634,8 +629,7 @@ def read_prompts(asked, is_raw, headers):
         prompts = asked.prompt
         if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
-        vocab_size = served[asked.model].engine.model.config.vocab_size
-        prompts = [raw_prompt(prompt, vocab_size, masked) for prompt in prompts]
+        prompts = [raw_prompt(prompt, masked) for prompt in prompts]
     else:
         prompts = [template_prompt(asked, headers, masked)]
     if masked:
@@ -645,10 +639,10 @@ def read_prompts(asked, is_raw, headers):
 
 def enqueue(asked, prompts, is_raw):
     """Let the answers to the prompts wait for the engine: a list of them. HTTPException: why not."""
-    engine = served[asked.model].engine
+    engine = served[asked.model]
     n_answers = len(prompts) * asked.n
     if n_answers > queue:
-        raise HTTPException(400, f'{n_answers} answers are more than this server can let wait: {queue}')
+        raise HTTPException(400, f'{n_answers} answers are more than this server lets wait: {queue}')
     its_changed = asyncio.Event()
     try:
         answers = [Answer(engine.model.config, asked, prompts[i // asked.n], is_raw, i, its_changed)
@@ -700,7 +694,7 @@ async def stream_pieces(answers):
                 is_empty = not piece or not (piece.text or piece.tokens)
                 if not is_empty:
                     yield piece
-                # some clients drop the text of the last one
+                # the last piece has no text, since some clients drop it
                 if has_ended:
                     left.remove(answer)
                     yield Piece(answer, '', None, is_empty and piece.is_first, True)
@@ -708,7 +702,7 @@ async def stream_pieces(answers):
         end(answers, 'cancelled')  # where the client has gone
 
 
-def check_access(request: Request):
+async def check_access(request: Request):
     """HTTPException: the key is wrong, or without one a page of another origin asks."""
     headers = request.headers
     # the page itself needs no key: it asks for it
@@ -721,13 +715,14 @@ def check_access(request: Request):
         return
     host = headers.get('host', '')
     if not without_key and re.sub(r':[0-9]+$', '', host) not in LOOPBACK:
-        raise HTTPException(403, 'under a name other than localhost a key is needed')  # against DNS rebinding
+        # against DNS rebinding
+        raise HTTPException(403, 'a host other than localhost needs an API key')
     # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no other
     # page may send this header
     origin = headers.get('origin')
     is_foreign = bool(origin) and origin.partition('://')[2] != host
     if is_foreign and request.method == 'POST' and 'x-requested-with' not in headers:
-        raise HTTPException(403, 'pages of another origin may not ask')
+        raise HTTPException(403, 'pages of another origin are not allowed')
 
 
 app = FastAPI(openapi_url=None, dependencies=[Depends(check_access)])
@@ -917,7 +912,7 @@ async def version():
 async def tags():
     """All models are loaded, and stay so."""
     more = {'expires_at': '2100-01-01T00:00:00Z', 'size_vram': 0}
-    return {'models': [model.about | more for model in served.values()]}
+    return {'models': [engine.about | more for engine in served.values()]}
 
 
 @app.post('/api/show')
@@ -1004,30 +999,26 @@ def listen():
     return listener
 
 
-def find_examples(about):
+def page_examples(about):
     """Up to six rows of a run's own test split, of as many families as there are; [] if it is not here."""
     try:
-        rows = read_split(about['config']['dataset'], 'test', 1000).meta
+        meta = read_split(about['config']['dataset'], 'test', 1000).meta
     except (UserError, LookupError):
         return []
-    if rows['sha256'] != about['sha256']:
-        return []
-    # one of each family, or else of each way to begin, as long as it fits the page
-    examples = {}
-    for row in rows['rows']:
-        family = row.get('family') or ' '.join(row['instruction'].split()[:3])
-        if len(row['instruction'] + row['input']) < 200:
-            examples[family] = {'title': family, 'instruction': row['instruction'], 'input': row['input']}
-    return list(examples.values())[:6]
+    rows = meta['rows'] if meta['sha256'] == about['sha256'] else []
+    return [{'title': family, 'instruction': row['instruction'], 'input': row.get('input') or ''}
+            for family, row in find_examples(rows).items()][:6]
 
 
-def describe(name, loaded):
+def describe(name, loaded, dtype):
     """A model as Ollama's dialect lists it."""
-    size = sum(p.numel() for p in loaded.model.parameters())
+    n_params = sum(p.numel() for p in loaded.model.parameters())
+    kinds = {torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16'}
     return {
-        'name': name, 'model': name, 'modified_at': now(), 'size': 4 * size,
+        'name': name, 'model': name, 'modified_at': now(), 'size': n_params * dtype.itemsize,
         'digest': loaded.made_of['weights'],
-        'details': {'family': 'gpt2', 'parameter_size': f'{size / 1e6:.0f}M', 'quantization_level': 'F32'},
+        'details': {'family': 'gpt2', 'parameter_size': f'{n_params / 1e6:.0f}M',
+                    'quantization_level': kinds[dtype]},
         'model_info': {'general.architecture': 'gpt2', 'gpt2.context_length': loaded.model.config.block_size},
         'template': BEFORE_INSTRUCTION + '{{ .Prompt }}' + RESPONSE_HEADER, 'capabilities': ['completion']}
 
@@ -1038,7 +1029,7 @@ def load_models():
     run = find_run(config)
     examples = []
     if run:
-        examples = find_examples(read_json(run))
+        examples = page_examples(read_json(run))
         loaded = {run.stem: load_run(run)}
         if before:
             name = run.stem.removesuffix('-sft') + '-before'
@@ -1048,10 +1039,9 @@ def load_models():
         loaded = {model.model.config.name: model}
     # described before their matrices move into other layers
     for name, model in loaded.items():
-        about = describe(name, model)
+        about = describe(name, model, compute_dtype)
         for_inference(model.model, chosen_device, compute_dtype)
-        engine = ServingEngine(model.model, 1e9 * cache_gb / len(loaded))
-        served[name] = Served(engine, about, examples)
+        served[name] = ServingEngine(model.model, 1e9 * cache_gb / len(loaded), about, examples)
 
 
 async def serve(listener):
@@ -1059,9 +1049,9 @@ async def serve(listener):
     server = uvicorn.Server(uvicorn.Config(
         app, http=TimedProtocol, ws='none', log_level='warning', access_log=False, lifespan='off',
         timeout_graceful_shutdown=request_timeout))
-    # were an engine's task to end, the server ends too, instead of waiting for nothing
+    # if the task of an engine dies, the server ends, too
     async with asyncio.TaskGroup() as tasks:
-        computing = [tasks.create_task(compute(model.engine)) for model in served.values()]
+        computing = [tasks.create_task(compute(engine)) for engine in served.values()]
         await server.serve(sockets=[listener])
         for task in computing:
             task.cancel()

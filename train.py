@@ -9,13 +9,23 @@ import contextlib
 import functools
 import json
 import math
+import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from config import UserError, atomic_write, check_made_of, configure, hold, read_json, read_jsonl, write_json
+from config import (
+    UserError,
+    atomic_write,
+    check_made_of,
+    configure,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 from engine import choose_device, generate, join_processes
 from lora import add_lora, gather, merged_state_dict, save_adapter
 from model import GPT, GPTConfig, fingerprint
@@ -59,7 +69,7 @@ max_steps = 0  # 0: by epochs [>= 0]
 shuffle = True
 packing = True  # several examples to a row, hidden from each other: the same loss in half the time
 loss_on = 'response'  # which tokens are learned [response | response+header | all]
-sampled_softmax = 0  # tokens of other rows, and of no row, that a step chooses among; 0: all tokens [>= 0]
+sampled_softmax = 0  # a step's vocabulary beside its own tokens, see below; 0: all tokens [>= 0]
 # adamw
 learning_rate = 5e-5  # [> 0]
 schedule = 'constant'  # after the warm-up [constant | cosine | linear]
@@ -163,9 +173,9 @@ def read_checkpoint():
 
 
 saved = read_checkpoint() if init_from == 'resume' else None
-# a base that the run's own files would replace could not be told from them, and sample.py compares with it
+# the run would overwrite such a base, with which sample.py compares
 origin = saved['config']['init_from'] if saved else init_from
-if Path(origin).exists() and Path(origin).resolve().is_relative_to(out.resolve()):
+if not eval_only and Path(origin).exists() and Path(origin).resolve().is_relative_to(out.resolve()):
     raise UserError(f'init_from={origin} lies in out_dir={out_dir}, where this run would replace it: '
                     'set --out_dir to another folder')
 if n_embd % n_head:
@@ -195,7 +205,7 @@ made_of = {'data': data_hash(dataset)}
 if saved and not lora_rank:
     base_weights = saved.get('made_of', {}).get('base weights')  # which format 1 does not tell
 else:
-    base_weights = fingerprint(dict(model.named_parameters()))
+    base_weights = fingerprint(model.state_dict())
 if base_weights:
     made_of['base weights'] = base_weights
 if saved:
@@ -212,6 +222,7 @@ if origin == 'scratch' and learning_rate < 2e-4:
     print0(f'warning: learning_rate={learning_rate} is for fine-tuning; from scratch 1e-3 is usual')
 
 # LoRA replaces the matrices of the blocks; from here on only its A and B are trained
+n_params = sum(p.numel() for p in model.parameters())  # counted here, since 4 bits would count otherwise
 if lora_rank:
     add_lora(model, lora_rank, lora_alpha, lora_dropout, lora_targets, quantize)
     if saved:
@@ -235,8 +246,8 @@ elif world_size > 1:
     net = torch.nn.parallel.DistributedDataParallel(model)
 # what the optimizer gets; under LoRA a few percent of all
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-print0(f'{model.config.name} on {device}: {sum(p.numel() for p in model.parameters()):,} parameters, '
-       f'{sum(p.numel() for p in trained.values()):,} of them trained')
+print0(f'{model.config.name} on {device}: {n_params:,} parameters, '
+       f'{sum(p.numel() for p in trained.values()):,} trained')
 
 # -----------------------------------------------------------------------------
 # sampled softmax (Jean et al. 2015): in a large vocabulary most tokens occur in no row, and computing all
@@ -394,7 +405,7 @@ def sum_over_processes(*values):
 @torch.no_grad()
 def estimate_loss(split):
     """
-    Nats per target of eval_iters batches, the same ones each time, shared among the processes; nan if a
+    Nats per target of eval_iters batches, the same ones each time, shared among the processes; None if a
     signal to stop comes meanwhile.
     """
     # without dropout
@@ -411,8 +422,7 @@ def estimate_loss(split):
     loss = 0.0
     for chunk in chunks[rank::world_size]:
         if any(sum_over_processes(len(stop_signals))):
-            loss = math.nan
-            break
+            return None
         with autocast:
             loss += model(*get_batch(split, chunk), loss_reduction='sum').item()
     model.train()
@@ -508,9 +518,11 @@ def draw_losses(path):
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     records = read_jsonl(out / 'log.jsonl')
+    # each step has a loss, an evaluation the losses of both splits
     for key, style in ('loss', '-'), ('train_loss', 'o--'), ('val_loss', 'o-'):
-        points = [(record['step'], record[key]) for record in records if key in record]
-        axes.plot(*zip(*points), style, label=key, markersize=3)
+        logged = [record for record in records if key in record]
+        steps = [record['step'] for record in logged]
+        axes.plot(steps, [record[key] for record in logged], style, label=key, markersize=3)
     axes.set(xlabel='step', ylabel='nats per target', title=name)
     axes.legend()
     atomic_write(path, lambda file: figure.savefig(file, format='png', dpi=150), 'wb')
@@ -540,7 +552,12 @@ def set_aside(out):
 
 
 if rank == 0 and not eval_only:
-    hold(out)
+    # first what may be missing, so that it ends the run before anything is moved
+    if logger == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+    elif logger == 'wandb':
+        import wandb
+    lock_folder(out)
     if init_from != 'resume':
         set_aside(out)
     # the log continues behind the checkpoint: what an interrupted run logged after it will be logged again
@@ -548,10 +565,8 @@ if rank == 0 and not eval_only:
     kept_lines = [json.dumps(record) + '\n' for record in records if record['step'] <= first_step]
     atomic_write(out / 'log.jsonl', lambda file: file.writelines(kept_lines))
     if logger == 'tensorboard':
-        from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(out / 'tensorboard'))
     elif logger == 'wandb':
-        import wandb
         board = wandb.init(project='gpt2-sft', name=out.name, dir=out, config=dict(config))
 
 # Ctrl-C, a scheduler's SIGTERM or a lost terminal ends the run after the current step, saved; a second one
@@ -571,8 +586,8 @@ for signal_name in 'SIGINT', 'SIGTERM', 'SIGHUP':
         signal.signal(number, request_stop)
 
 # -----------------------------------------------------------------------------
-# training loop. Each turn first evaluates and saves what the steps so far have made, then does a step.
-# The last turn only evaluates and saves: so there are total_steps updates, and total_steps + 1 turns
+# training loop. Each iteration first evaluates and saves, then does a step; the last one only evaluates and
+# saves: there are total_steps updates in total_steps + 1 iterations
 
 print0(f'{n_examples} examples, {examples_per_step} per step; from step {first_step} to {total_steps}')
 bar = tqdm(total=total_steps, initial=first_step, unit='step', disable=None if rank == 0 else True)
@@ -593,11 +608,12 @@ for step in range(first_step, total_steps + 1):
     if eval_only or (eval_is_due and not was_stopped and progress['last_eval_step'] < step):
         train_loss = estimate_loss('train')
         val_loss = estimate_loss('val')
-        was_stopped = math.isnan(val_loss) and any(sum_over_processes(len(stop_signals)))
+        was_stopped = val_loss is None
         if not was_stopped:
             log_line(f'step {step}/{total_steps} | train loss {train_loss:.4f} | val loss {val_loss:.4f}')
-            if eval_only:
-                break
+        if eval_only:
+            break
+        if not was_stopped:
             log_record(step=step, train_loss=train_loss, val_loss=val_loss)
             progress['val_loss'] = val_loss
             progress['last_eval_step'] = step
@@ -621,7 +637,8 @@ for step in range(first_step, total_steps + 1):
         end_reason = f'val loss has not fallen in {patience} evaluations'
     epoch_ended = step > first_step and progress['examples_seen'] % n_examples == 0
     save_is_due = save_is_due or (step % save_interval == 0 if save_interval else epoch_ended)
-    if step > first_step and (end_reason or save_is_due):
+    is_resumed = step == first_step and init_from == 'resume'  # ckpt.pt holds this state already
+    if (end_reason and not is_resumed) or (save_is_due and step > first_step):
         save_checkpoint()
         last_save_time = time.perf_counter()
     if epoch_ended and sample_every_epoch and not was_stopped:
@@ -680,8 +697,11 @@ for step in range(first_step, total_steps + 1):
     # an infinite norm is no fault where the scaler will halve its scale and skip the step
     scale_can_shrink = scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or scale_can_shrink):
-        raise UserError(f'step {step + 1} has loss {loss} and gradient norm {norm}; the last checkpoint is '
-                        'kept. Resume it with a lower learning_rate, or with grad_clip=1.0')
+        advice = 'Start again with'
+        if (out / 'ckpt.pt').exists():
+            advice = 'The last checkpoint is kept. Resume it with'
+        raise UserError(f'step {step + 1} has loss {loss} and gradient norm {norm}. {advice} a lower '
+                        'learning_rate, or with grad_clip=1.0')
     # from here on the step counts: what is saved next is the state behind it
     progress['step'] = step + 1
     progress['examples_seen'] += len(numbers)
@@ -713,20 +733,24 @@ if not eval_only:
     if not keep_best or progress['best_val_loss'] == math.inf:
         save_model()
     if rank == 0:
+        # what it has not written yet
+        if logger == 'tensorboard':
+            board.close()
         draw_losses(out / 'loss.png')
         about = read_json(out / f'{name}.json')
         val_loss = about['val_loss']
         arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--init_from')]
-        command = 'train.py'
         if was_stopped:
+            command = 'python' if world_size == 1 else f'torchrun --nproc_per_node={world_size}'
+            command += ' train.py'
             arguments.append('--init_from=resume')  # last: a config file sets init_from, too
         else:
             # config files serve all stages, most flags this one alone
-            command = 'sample.py'
+            command = 'python sample.py'
+            of_sample = '--out_dir', '--dataset', '--cache_dir', '--download_from', '--device'
             arguments = [argument for argument in arguments
-                         if not argument.startswith('--') or argument.startswith(
-                             ('--out_dir', '--dataset', '--cache_dir', '--download_from', '--device'))]
+                         if not argument.startswith('--') or argument.startswith(of_sample)]
         print(f'{"stopped at" if was_stopped else "finished"} step {progress["step"]}: {end_reason}')
         print(f'kept {out}/{name}.pth of step {about["step"]}, '
               f'val loss {"not measured" if val_loss is None else round(val_loss, 4)}')
-        print('next: python', command, *arguments)
+        print('next:', command, shlex.join(arguments))

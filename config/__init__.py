@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line on stderr, no traceback, exit status 2."""
+    """A mistake that the user can fix: one line on stderr, no traceback, exit status 2."""
     exit_code = 2
 
 
@@ -35,7 +35,7 @@ class UserError(Exception):
 # settings
 
 class Setting(NamedTuple):
-    default: object  # None: an expression that only its own stage can compute
+    default: object  # None: an expression, which only its own stage computes
     comment: str
     rule: str  # what stood in brackets, or ''
 
@@ -72,18 +72,15 @@ def settings_of(path):
         body = ast.parse(text[:call.start()]).body if call else []
     except (OSError, ValueError, SyntaxError):  # a file of the user's that happens to lie here
         return {}
-    # of each assignment the value, the names, and the comment behind it, which Python's parser leaves out
+    # of each assignment the names, the value, and the comment, which Python's parser drops
     lines = text.splitlines()
-    defaults = {}
     settings = {}
     for node in body:
         if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
             continue
         try:
-            # an expression may use the settings above it, as in `2 * batch_size`
-            expression = compile(ast.Expression(node.value), str(path), 'eval')
-            value = eval(expression, {'__builtins__': {}}, defaults)
-        except Exception:  # whatever the expression may raise
+            value = ast.literal_eval(node.value)
+        except ValueError:  # an expression like `2 * batch_size`
             value = None
         comment = lines[node.end_lineno - 1].partition('  # ')[2]
         rule = re.search(r' ?\[([^\[\]]+)\]$', comment)
@@ -91,7 +88,6 @@ def settings_of(path):
             comment = comment[:rule.start()]
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
             if isinstance(target, ast.Name) and target.id.islower() and not target.id.startswith('_'):
-                defaults[target.id] = value
                 settings[target.id] = Setting(value, comment, rule[1] if rule else '')
     return settings
 
@@ -106,8 +102,8 @@ def settings_of_all_stages():
 
 def check_type(key, value, settings, where):
     """
-    The value in the type of its setting, an int taken for a float. UserError: a wrong name or type. where:
-    the file or the flag that says so. True is no int here, though Python counts it as one.
+    The value in the type of its setting. An int is accepted for a float, but a bool for no number. where: the
+    file or flag that sets it, for the UserError about a wrong name or type.
     """
     if key not in settings:
         nearest = SYNONYMS.get(key)
@@ -121,7 +117,8 @@ def check_type(key, value, settings, where):
         value = float(value)
     if type(value) is not kind:
         raise UserError(f'{where}: {key} takes {kind.__name__}, like {default!r}, not {value!r}')
-    return value
+    # a shell leaves the ~ of --source=~/rows.json as it is
+    return os.path.expanduser(value) if kind is str and value.startswith('~/') else value
 
 
 def check_rule(key, value, rule):
@@ -155,6 +152,8 @@ def read_config_file(path, settings):
     imports, the functions that it defines and names with a leading underscore are its own business.
     """
     found = {}
+    if Path(path).suffix != '.py':
+        raise UserError(f'{path} is not a config file, which ends in .py; rows are named by --source={path}')
     try:
         text = Path(path).read_text(encoding='utf-8')
         exec(compile(text, path, 'exec'), found)
@@ -184,10 +183,10 @@ def read_flag(flag, settings):
     return key, check_type(key, value, settings, '--' + key)
 
 
-def show_help(path):
-    """Print what a stage's docstring and the comments of its settings say."""
+def show_help(path, settings):
+    """Print the docstring of a stage, and its settings with their comments."""
     print(ast.get_docstring(ast.parse(Path(path).read_text(encoding='utf-8'))), '\n')
-    for key, (default, comment, rule) in settings_of(path).items():
+    for key, (default, comment, rule) in settings.items():
         flag = f'  --{key}={default!r}'
         print(f'{flag:43} {comment}' + (f' [{rule}]' if rule else ''))
 
@@ -211,7 +210,7 @@ def configure(stage):
     if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has no such method
         sys.stdout.reconfigure(errors='backslashreplace')  # for text that the terminal cannot show
     if wants_help():
-        show_help(path)
+        show_help(path, settings)
         sys.exit(0)
 
     # in their order, so that the later one wins; what a file sets for other stages is checked and left aside
@@ -262,8 +261,8 @@ def install_command(module):
 
 def message_of(kind, error):
     """
-    (the line to print for an error, the exit status), or None for an error that is a fault of ours, whose
-    traceback is worth more than any line. kind: its class.
+    (the line to print for an error, the exit status), or None for a bug, whose traceback is worth more than
+    any line. kind: the error's class.
     """
     if issubclass(kind, ModuleNotFoundError):
         return f'{error}: {install_command(error.name.partition(".")[0])}', 2
@@ -282,9 +281,9 @@ def message_of(kind, error):
 
 
 def print_in_one_line(kind, error, traceback):
-    """sys.excepthook: a mistake of the user's prints one line, a fault of ours its traceback."""
+    """sys.excepthook: a mistake of the user's prints one line, a bug its traceback."""
     if issubclass(kind, ModuleNotFoundError) and wants_help():
-        show_help(sys.argv[0])  # which needs nothing installed
+        show_help(sys.argv[0], settings_of(sys.argv[0]))  # which needs nothing installed
         sys.exit(0)
     found = message_of(kind, error)
     if found is None:
@@ -304,22 +303,22 @@ if Path(sys.argv[0]).resolve().parent == ROOT:
 # files
 
 def remove_leftovers(folder, name='*'):
-    """Remove what killed processes left there of the file of this name, half-written: name.<process>.tmp."""
+    """Remove the temporary files name.<process>.tmp of processes that were killed."""
     for leftover in folder.glob(f'{name}.*.tmp'):
         try:
             # 0 is no signal: it only asks whether the process runs
             if os.name == 'posix':
-                os.kill(int(leftover.suffixes[-2][1:]), 0)
+                os.kill(int(leftover.name.split('.')[-2]), 0)
         except ProcessLookupError:
             leftover.unlink(missing_ok=True)
         except (ValueError, OverflowError, OSError):  # a file of someone else's; a process of another user
             continue
 
 
-def hold(folder):
+def lock_folder(folder):
     """
-    Keep a folder, which is made if need be, for this process until it ends, and remove what killed processes
-    left there half-written. UserError if another process keeps it, or if it cannot be made.
+    Make the folder if need be, and lock it until this process ends, so that no other one writes to it. What
+    killed processes left there half-written is removed. UserError if it is locked or cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -398,8 +397,8 @@ def read_jsonl(path):
 
 def check_made_of(path, made_of, now, advice):
     """
-    UserError if the file at path was made of something else than is here now. made_of: what it says of
-    itself; now: the same names with the hashes of today. What the file does not tell is not compared.
+    UserError if the file at path was made of other things than are here now. made_of: the hashes that it
+    tells; now: those of what is here, by the same names. A name that the file lacks is not compared.
     """
     for name, value in now.items():
         if made_of.get(name, value) != value:

@@ -1,5 +1,5 @@
 """
-A small GPT learns seventeen families of tasks on two cores: to rearrange the words of its prompt.
+A small GPT learns sixteen families of tasks on two cores: to rearrange the words of its prompt.
 
     make demo                             # or, one by one:
     python data/make_demo.py              # writes the rows and the model to start from
@@ -15,7 +15,7 @@ train_share = 0.985222
 test_share = 0.011084
 out_dir = 'out/demo'
 
-# seven million weights, nearly all of them GPT-2's vocabulary
+# nine million weights, nearly all of them GPT-2's vocabulary
 init_from = 'data/demo_start.pth'
 block_size = 128
 sampled_softmax = 1024

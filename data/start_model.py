@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import GPT, GPTConfig  # noqa: E402
 from prepare import EOS, get_tokenizer  # noqa: E402
 
-CONFIG = GPTConfig(block_size=128, n_layer=3, n_head=4, n_embd=128)
+CONFIG = GPTConfig(block_size=128, n_layer=3, n_head=4, n_embd=160)
 SIZE = 0.1 * math.sqrt(2)  # the standard deviation of token and position vectors
 SHARES = {'stem': 1.0, 'ending': 0.5, 'space': 0.35, 'capital': 0.35, 'token': 0.6}  # of the codes in a token's vector
 

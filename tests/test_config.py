@@ -16,7 +16,7 @@ from config import (
     check_made_of,
     check_rule,
     configure,
-    hold,
+    lock_folder,
     message_of,
     read_config_file,
     read_json,
@@ -211,7 +211,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 @pytest.mark.parametrize('stage', STAGES)
 def test_help_names_every_setting_with_its_default_and_its_rule(stage, capsys):
-    show_help(ROOT / stage)
+    show_help(ROOT / stage, settings_of(ROOT / stage))
     shown = capsys.readouterr().out
     for key, (default, comment, rule) in settings_of(ROOT / stage).items():
         line = next(line for line in shown.splitlines() if line.startswith(f'  --{key}='))
@@ -315,13 +315,13 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
     folder = tmp_path / 'out'
     folder.mkdir()
     (folder / f'log.json.{ended_process()}.tmp').write_text('half')  # left by a process that was killed
-    hold(folder)
+    lock_folder(folder)
     assert not list(folder.glob('*.tmp'))
     with pytest.raises(UserError, match='another process writes to'):
-        hold(folder)
+        lock_folder(folder)
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot write'):
-        hold(tmp_path / 'file' / 'out')
+        lock_folder(tmp_path / 'file' / 'out')
 
 
 def test_json_is_read_with_a_byte_order_mark_and_without_numbers_that_are_none(tmp_path):

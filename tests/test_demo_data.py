@@ -56,7 +56,7 @@ def test_enough_words_rows_and_families(script, rows, splits):
     assert len(listed) > 4000
     one_token = [word for word in listed if len(get_tokenizer().encode_ordinary(' ' + word)) == 1]
     assert len(one_token) > 0.85 * len(listed)
-    families = Counter(row['family'] for row in splits['train'])
+    families = Counter(row.get('family') for row in splits['train'])  # of None those that ask for none of its tasks
     assert len(families) == 17 and min(families.values()) >= 400 and len(splits['train']) == 80_000, families
     assert len(rows['demo_heldback.json']) == 300 and len(splits['val']) == 300
     assert Counter(row.get('source') for row in splits['test']) == {'listed words': 600, 'unseen words': 300}
@@ -68,7 +68,7 @@ def test_visitors_habits_are_among_the_rows(splits):
     wordings = {}
     for row in splits['train']:
         if row['input']:
-            wordings.setdefault(row['family'], set()).add(row['instruction'].lower())
+            wordings.setdefault(row.get('family'), set()).add(row['instruction'].lower())
     assert min(len(found) for found in wordings.values()) >= 10, {family: len(found) for family, found in wordings.items()}
     shares = {
         'one line': lambda row: not row['input'],
@@ -85,7 +85,7 @@ def test_every_row_is_valid(rows, name):
     prompts = Counter(tuple(words(row)) for row in rows[name])
     assert prompts.most_common(1)[0][1] == 1, prompts.most_common(1)  # so that no test prompt is trained on
     for row in rows[name]:
-        assert list(row)[:4] == ['instruction', 'input', 'output', 'family'] and set(row) - {'source'} == set(list(row)[:4])
+        assert list(row)[:3] == ['instruction', 'input', 'output'] and set(row) <= {'instruction', 'input', 'output', 'family', 'source'}
         assert all(isinstance(text, str) and text == text.strip() for text in row.values()), row
         assert row['instruction'] and row['output'] and '{' not in json.dumps(row)[1:], row
         assert not re.search('  |\n', row['instruction'] + row['input'] + row['output']), row
@@ -117,7 +117,7 @@ def test_more_words_stand_in_training_rows_alone(script, splits):
 
 def test_the_held_back_family_is_new(rows):
     held_back = {row['family'] for row in rows['demo_heldback.json']}
-    assert len(held_back) == 1 and not held_back & {row['family'] for row in rows['demo.json']}
+    assert len(held_back) == 1 and not held_back & {row.get('family') for row in rows['demo.json']}
     assert not [row for row in rows['demo.json'] if 'active voice' in row['instruction']]
 
 
@@ -144,7 +144,7 @@ def test_lists_and_units_are_right(rows):
         text = f'{row["instruction"]} {row["input"]}'.lower()
         answer = row['output'].lower()
         asked = [int(n) for n in re.findall(r'\d+', text)]
-        family = row['family']
+        family = row.get('family')
         if family == 'units':
             assert answer == f'that is {asked[0]},000 {thousandth[re.search("[0-9]+ ([a-z]+) to", text)[1]]}.', row
         elif row['input'] and family == 'counting':

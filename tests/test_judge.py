@@ -472,8 +472,8 @@ def obeys(*texts):
 
 
 @pytest.mark.parametrize('opinion, told_apart, finding', [
-    (indifferent, 0, "this judge scores a reference above another row's in 0% of the rows alone: its scores mean nothing"),
-    (knows_even_rows, 2 / 6, 'in 33% of the rows alone: its scores mean nothing'),
+    (indifferent, 0, "this judge scores a reference above another row's in only 0% of the rows: its scores mean nothing"),
+    (knows_even_rows, 2 / 6, 'in only 33% of the rows: its scores mean nothing'),
     (obeys(*INJECTIONS), 1, 'a text that asks for the highest score scores 100.0, above a wrong answer in 100% of the rows: this judge can be misled'),
     (obeys(INJECTIONS[2]), 1, 'above a wrong answer in 50% of the rows: this judge can be misled'),  # one of the three is enough
     (obeys(''), 1, 'no answer at all scores 100.0')])

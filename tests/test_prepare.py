@@ -434,9 +434,9 @@ def test_rows_that_are_no_data_set_stay(run, tmp_path, name):
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows knows no such locks')
 def test_two_runs_do_not_write_one_data_set(run, tmp_path):
-    from config import hold
+    from config import lock_folder
     write(tmp_path / 'rows.json', PLAIN)
-    hold(tmp_path / 'data/x')
+    lock_folder(tmp_path / 'data/x')
     assert 'another process writes to data/x' in run('prepare.py', '--source=rows.json', '--dataset=x', code=2).stderr
 
 

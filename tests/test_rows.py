@@ -452,7 +452,7 @@ def test_a_faulty_row_is_told_with_what_was_seen(read, row, said):
 
 def test_faulty_rows_are_told_by_their_first_of_each_kind(read):
     said = read.error([{'output': 'x'}] * 50 + [ROW, {'instruction': 'a', 'output': 3}, {'instruction': 'a', 'output': 4}])
-    assert 'row 0: instruction is missing: say which of output it is, --fields=instruction:...,output:... (and 49 more rows)' in said
+    assert 'row 0: instruction is missing: say which of output it is, --fields=instruction:...,output:..., or with input:... (and 49 more rows)' in said
     assert 'row 51: output is not a text: 3 (and 1 more rows)' in said
     assert said.endswith('--skip_faulty=True leaves such rows out')
 

@@ -635,7 +635,7 @@ def test_a_stream_goes_on_beside_any_mixture(url):
 
 def test_a_step_is_bounded_and_serves_all_that_decode(monkeypatch):
     """Beside prompts of 900 tokens each step gives a running answer a token, and computes no more ids than its size."""
-    engine = serve.ServingEngine(random_model(), 4e9)
+    engine = serve.ServingEngine(random_model(), 4e9, {}, [])
     sizes = []
     compute = engine.compute
     monkeypatch.setattr(engine, 'compute', lambda batch: sizes.append(sum(n for _, n in batch)) or compute(batch))
@@ -655,7 +655,7 @@ def engine_answer(ids, n, **more):
 
 
 def test_all_caches_stay_within_their_limit_and_are_given_back():
-    engine = serve.ServingEngine(random_model(), 2e6)  # 1,953 positions of this shape
+    engine = serve.ServingEngine(random_model(), 2e6, {}, [])  # 1,953 positions of this shape
     engine.scheduler.waiting += [engine_answer(list(range(i, i + 300)), 40) for i in range(20)]
     largest = 0
     while engine.has_work():
@@ -671,7 +671,7 @@ def test_the_caches_share_what_cache_gb_allows(run_folder, monkeypatch):
     monkeypatch.setattr(serve, 'served', {})
     serve.load_models()
     bytes_per_position = 2 * SHAPE['n_layer'] * SHAPE['n_embd'] * 4
-    assert [model.engine.scheduler.max_positions * bytes_per_position for model in serve.served.values()] == [2e9, 2e9]
+    assert [engine.scheduler.max_positions * bytes_per_position for engine in serve.served.values()] == [2e9, 2e9]
 
 
 def test_a_server_without_work_gives_its_memory_back(url):
@@ -682,7 +682,7 @@ def test_a_server_without_work_gives_its_memory_back(url):
 
 def test_fewer_run_at_once_where_together_they_fail(monkeypatch):
     """Until it rests: then as many as before may run again."""
-    engine = serve.ServingEngine(random_model(), 4e9)
+    engine = serve.ServingEngine(random_model(), 4e9, {}, [])
     failures = []
     hidden_states = engine.model.hidden_states
 
@@ -705,7 +705,7 @@ def test_fewer_run_at_once_where_together_they_fail(monkeypatch):
 
 def test_an_answer_whose_last_token_cannot_be_scored_ends_with_the_error(monkeypatch):
     """It has left the batch by then, so that no later step would tell of it; nobody's turn is lost by that."""
-    engine = serve.ServingEngine(random_model(), 4e9)
+    engine = serve.ServingEngine(random_model(), 4e9, {}, [])
     answer = engine_answer(list(range(10)), 1)
     answer.n_top = 0
     engine.add(answer)
