@@ -489,6 +489,8 @@ def to_row(value, given, needs_output=True):
     # null and NaN are missing: tables that unite several conventions are full of them
     row = {key: cell for key, cell in value.items() if cell is not None and cell == cell}
     is_named = given.get('instruction') in row
+    if row.get('label') is False and 'completion' in row:
+        raise Fault('label is false, so its answer is not to be learned')  # TRL's unpaired preferences
     # TRL's form of a chat in two parts, of which the second may be missing
     answer = row.get('completion', [])
     if isinstance(row.get('prompt'), list) and isinstance(answer, list):
@@ -497,8 +499,6 @@ def to_row(value, given, needs_output=True):
     chat = next((name for name in CHATS if name in row), None)
     if chat and not is_named:
         row |= first_exchange(row.pop(chat), needs_output)
-    if row.get('label') is False and 'completion' in row:
-        raise Fault('label is false, so its answer is not to be learned')  # TRL's unpaired preferences
     names = find_names(row, given)
     # all are taken before one is put back, since fields may exchange them
     cells = [row.pop(theirs, None) for theirs in names]

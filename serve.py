@@ -538,9 +538,10 @@ async def read_body(request):
                 if len(body) > max_body:
                     raise HTTPException(413, f'a request may have {max_body:,} bytes')
         fields = json.loads(body)
-        fields |= fields.pop('options', None) or {}
-        if not isinstance(fields, dict):
+        options = fields.pop('options', None) or {}
+        if not isinstance(options, dict):
             raise TypeError
+        fields |= options
     except TimeoutError:
         raise HTTPException(408, 'the request did not come in time', {'Connection': 'close'}) from None
     except (ValueError, TypeError, AttributeError, RecursionError, ClientDisconnect):

@@ -52,12 +52,17 @@ def without_schemas(body):
         return 500, "Input should be 'text': response_format"
 
 
+def short_context(body):
+    if len(str(body['messages'])) > 2000:
+        return 400, "'max_tokens' or 'max_completion_tokens' is too large: 64. This model's maximum context length is 500 tokens."
+
+
 def without_thinking(body):
     if 'think' in body:
         return 400, 'unknown field "think"'
 
 
-KINDS = {'newest OpenAI': newest_openai, 'Anthropic': anthropic, 'Mistral': mistral, 'without schemas': without_schemas,
+KINDS = {'newest OpenAI': newest_openai, 'Anthropic': anthropic, 'Mistral': mistral, 'without schemas': without_schemas, 'short context': short_context,
          'without thinking': without_thinking}
 
 

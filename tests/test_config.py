@@ -92,6 +92,20 @@ def test_what_may_stand_above_configure(configured):
         configured(text=STAGE + 'names = [1]\n')
 
 
+def test_a_config_file_is_python(configured, tmp_path):
+    """A YAML or JSON file may be Python that sets nothing."""
+    for name, text in ('a.yaml', 'rows: 4\n'), ('a.json', '{"rows": 4}'):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f'{name} is not a config file, .* --source={name}'):
+            configured(name)
+
+
+def test_the_home_folder_is_found_where_the_shell_did_not_put_it(configured, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    found, _ = configured('--name=~/rows.json', '--other=a~/b', text="name = ''\nother = ''\n")
+    assert found == {'name': '/home/me/rows.json', 'other': 'a~/b'}
+
+
 def test_an_int_passes_for_a_float_and_a_string_needs_no_quotes(configured):
     found, stage = configured('--rate=1', '--is_on=False', '--kind=exact')
     assert found['rate'] == stage['rate'] == 1.0 and type(found['rate']) is float

@@ -503,6 +503,15 @@ def test_paired_comparison_with_another_file(judge, tmp_path):
     assert scores['paired']['difference']['value'] == pytest.approx(np.mean(differences))
     write(tmp_path / 'other', rows[::-1])
     assert 'do not hold the same questions in the same order' in judge(f'--baseline=other/{NAME}', code=2)[0].stderr
+    # against other correct answers its metrics would be no comparison
+    write(tmp_path / 'other', [row | {'output': row['output'].upper()} for row in rows])
+    assert 'do not hold the same references in the same order' in judge(f'--baseline=other/{NAME}', code=2)[0].stderr
+
+
+def test_a_column_called_turns_makes_no_conversation_of_a_row(judge, tmp_path):
+    write(tmp_path / 'other', [row | {'turns': 1} for row in make_rows()])
+    _, scores = judge('--judge=reference', f'--predictions=other/{NAME}')
+    assert 'exact match %' in scores['metrics']['all']
 
 
 def test_the_style_of_the_book(judge, server, tmp_path):
@@ -660,6 +669,27 @@ def test_a_busy_server_keeps_the_schema(judge, server):
     said = judge('--judge=openai', f'--judge_url={server.url}', '--judge_model=m', '--seed=5', code=2)[0].stderr
     assert 'does not answer: HTTP 503' in said
     assert len(server.asked) == 14 + 4
+
+
+@pytest.mark.parametrize('number', [0, 5])
+def test_a_question_that_a_server_refuses_fails_its_row_alone(judge, server, number):
+    """The first question is asked ahead of all others, to see whether the server answers."""
+    server.models = {'m': 'd'}
+    server.scripts[f'number {number}.'] = [400]
+    flags = '--judge=openai', f'--judge_url={server.url}', '--calibrate=0'
+    for _ in range(2):
+        _, scores = judge(*flags, code=1)
+        assert (scores['summary']['run']['scored'], scores['summary']['run']['failed']) == (10, 1)
+
+
+def test_a_question_that_is_too_long_for_a_server_does_not_rename_the_limit(ask_three, client, server):
+    """vLLM speaks of max_tokens, too, where a prompt leaves no room for them."""
+    server.kind = 'short context'
+    server.opinion = lambda prompt: '{"score": 85}'
+    judge_client = client('openai')
+    assert 'too large' in judge_client.ask(judge_client.body('Score it. ' * 500))['fault']
+    assert 'fault' not in judge_client.ask(judge_client.body('Score it.'))
+    assert 'max_tokens' in server.asked[-1]
 
 
 @pytest.mark.parametrize('kind', ['', 'without schemas'])

@@ -318,3 +318,36 @@ def judge_references(folder, said='', *flags):
     """The scores.json of judge.py --judge=reference."""
     assert said in stage(folder, 'judge.py', '--out_dir=run', '--judge=reference', *flags).stdout
     return (folder / 'run/scores.json').read_text()
+
+
+# --- predictions, and the model that is there now
+
+
+def test_answers_of_an_earlier_state_of_a_run_are_not_scored(command, folder):
+    """A run that goes on leaves its answers where they are."""
+    stage(folder, 'train.py', *TUNE, '--init_from=resume', '--out_dir=run', '--max_steps=5')
+    said = command('judge.py', '--out_dir=run', '--judge=reference', code=2).stderr
+    assert f'run/{AFTER} was made with other weights' in said and 'python sample.py' in said
+    assert not (folder / 'run/scores.json').exists()
+    command('sample.py', '--out_dir=run', '--max_new_tokens=4')
+    command('judge.py', '--out_dir=run', '--judge=reference')
+
+
+def test_answers_of_the_base_from_before_training_are_not_scored_as_the_runs(command, folder):
+    (folder / 'config.py').write_text("init_from = 'base'\nout_dir = 'new'\n")
+    command('sample.py', 'config.py', '--max_new_tokens=4')
+    assert (folder / 'new' / AFTER).exists()
+    stage(folder, 'train.py', 'config.py', *TUNE)
+    assert 'was made with other weights' in command('judge.py', 'config.py', '--judge=reference', code=2).stderr
+
+
+def test_labels_of_another_model_are_not_in_the_report(command, folder):
+    (folder / 'unlabelled.json').write_text(json.dumps([{'instruction': 'Name it.', 'output': 'It.'}] * 3))
+    label = '--label_rows=unlabelled.json', '--self_consistency=2', '--max_new_tokens=4', '--min_agreement=0.0', '--out_dir=run'
+    stage(folder, 'label.py', *label)
+    command('judge.py', '--out_dir=run', '--judge=reference')
+    assert json.loads((folder / 'run/scores.json').read_text())['reliability']
+    stage(folder, 'train.py', *TUNE, '--init_from=base', '--out_dir=other', '--seed=7')
+    stage(folder, 'label.py', *label, '--init_from=other')
+    command('judge.py', '--out_dir=run', '--judge=reference')
+    assert not json.loads((folder / 'run/scores.json').read_text())['reliability']

@@ -170,6 +170,10 @@ def test_a_row_without_an_output_is_asked_the_same():
     # what follows the first answer is left out
     ([USER, ASSISTANT, USER, ASSISTANT, USER], 'Name it.', '', 'It.', 3),
     ([USER, ASSISTANT | {'weight': 1}, USER, ASSISTANT | {'weight': 0}], 'Name it.', '', 'It.', 2),
+    # a system's text may follow the question; thoughts are no answer; LangChain's name of the role
+    ([USER, {'role': 'system', 'content': 'Be short.'}, ASSISTANT], 'Name it.', 'Be short.', 'It.', 0),
+    ([USER, ASSISTANT | {'channel': 'analysis', 'content': 'Let me see.'}, ASSISTANT | {'channel': 'final'}], 'Name it.', '', 'It.', 1),
+    ([{'role': 'human', 'content': 'Name it.'}, {'role': 'ai', 'content': 'It.'}], 'Name it.', '', 'It.', 0),
 ])
 def test_a_chat_gives_its_first_exchange(value, instruction, input, output, left_out):
     row = to_row({'messages': value}, {})
@@ -184,6 +188,10 @@ def test_a_chat_gives_its_first_exchange(value, instruction, input, output, left
     ([{'from': 'human', 'value': 'Area?'}, {'from': 'function_call', 'value': '{"name": "area"}'}, {'from': 'observation', 'value': '15'},
       {'from': 'gpt', 'value': 'It is 15.'}], 'followed by a tool call: function_call'),
     ([USER, ASSISTANT | {'weight': 0}, USER, ASSISTANT], 'the first answer of its chat has weight 0'),
+    ([USER, ASSISTANT | {'weight': '0'}], 'the first answer of its chat has weight 0'),
+    ([USER, ASSISTANT | {'train': False}], 'the first answer of its chat has weight 0'),
+    ([USER, ASSISTANT | {'loss': False}], 'the first answer of its chat has weight 0'),
+    ([USER | {'images': ['aGk=']}, ASSISTANT], 'a message of its chat holds images'),
     ([USER, {'role': 'assistant', 'content': None}], 'the first answer of its chat is empty'),
     ([USER, {'role': 'assistant', 'content': ' \n'}], 'the first answer of its chat is empty'),
     ([USER], 'the first question of its chat is not answered'),
@@ -216,8 +224,55 @@ def test_a_system_prompt_in_a_column_of_that_name_comes_before_the_input():
 def test_what_of_a_row_is_left_out_is_counted():
     row = to_row({'instruction': 'And the second?', 'input': '', 'output': 'Blue.', 'history': [['Name the first.', 'Red.']]}, {})
     assert row['messages_left_out'] == 2
-    row = to_row({'messages': [USER, ASSISTANT | {'reasoning_content': 'Let me see.'}]}, {})
-    assert row['reasoning_left_out'] == 1
+    for name in 'reasoning_content', 'reasoning', 'thinking':
+        assert to_row({'messages': [USER, ASSISTANT | {name: 'Let me see.'}]}, {})['reasoning_left_out'] == 1
+
+
+@pytest.mark.parametrize('row', [
+    {'prompt': 'Name it.', 'completion': 'Bad.', 'label': False},
+    {'prompt': [USER], 'completion': [ASSISTANT], 'label': False},
+])
+def test_an_answer_that_people_marked_as_bad_is_not_learned(row):
+    """TRL's unpaired preferences."""
+    with pytest.raises(Fault, match='label is false'):
+        to_row(row, {})
+    assert to_row(row | {'label': True}, {})['output']
+
+
+@pytest.mark.parametrize('given', [
+    {'instruction': '', 'output': '', 'question': 'Name it.', 'context': 'a thing', 'response': '', 'answer': 'It.'},
+    {'instruction': 'Name it.', 'input': '', 'output': '', 'context': 'a thing', 'response': 'It.'},
+])
+def test_an_empty_cell_of_a_joined_table_gives_way_to_a_full_one(given):
+    row = to_row(given | {'prompt': ''}, {})
+    assert texts(row) == ['Name it.', 'a thing', 'It.']
+    # an answer that is empty under every name stays an empty answer
+    assert texts(to_row({'instruction': 'Say nothing.', 'output': '', 'response': ''}, {})) == ['Say nothing.', None, '']
+
+
+def test_fields_may_exchange_our_names(read):
+    row = {'instruction': 'Translate.', 'input': 'hello', 'output': 'bonjour'}
+    assert texts(read([row], fields='instruction:output,output:instruction')[0]) == ['bonjour', 'hello', 'Translate.']
+    assert texts(read([row], fields='instruction:instruction,input:output,output:input')[0]) == ['Translate.', 'bonjour', 'hello']
+
+
+def test_a_column_of_objects_does_not_hide_the_fields_that_a_user_names(read):
+    rows = [{'q': 'Name it.', 'a': 'It.', 'docs': [{'t': 1}]}]
+    assert texts(read(rows, 'rows.json', fields='instruction:q,output:a')[0]) == ['Name it.', None, 'It.']
+
+
+def test_a_table_of_one_column_holds_rows_without_an_output(read):
+    assert texts(read('instruction\nName a tree.\nName a bird.\n', 'rows.csv', needs_output=False)[1]) == ['Name a bird.', None, None]
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(read):
+    assert 'two of its columns have the same name' in read.error('instruction,output,output\na,b,c\n', 'rows.csv')
+    assert texts(read('instruction,output,,\na,b,,\n', 'rows.csv')[0]) == ['a', None, 'b']
+
+
+@pytest.mark.parametrize('encoding, words', [('utf-16', 'it is text in UTF-16: save it as JSON'), ('latin-1', 'save it in UTF-8')])
+def test_texts_in_other_encodings_are_told(read, encoding, words):
+    assert words in read.error('instruction,output\nGrüße,Hallo\n'.encode(encoding), 'rows.csv')
 
 
 @pytest.mark.parametrize('value', [None, float('nan')])
@@ -313,6 +368,12 @@ def test_json_lines_end_at_line_feeds_alone(read):
     as_lines = '\ufeff' + '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
     as_list = '\ufeff' + json.dumps(rows, ensure_ascii=False)
     assert read(as_lines) == read(as_list, 'rows.json') == rows
+
+
+def test_texts_that_a_parquet_holds_as_bytes(read, tmp_path):
+    table = pyarrow.table({name: pyarrow.array([text.encode()], pyarrow.binary()) for name, text in (ROW | {'output': 'für dich'}).items()})
+    parquet.write_table(table, tmp_path / 'a.parquet')
+    assert texts(read((tmp_path / 'a.parquet').read_bytes())[0])[2] == 'für dich'
 
 
 def test_columns_of_a_parquet_that_python_cannot_hold_do_not_matter(read, tmp_path):

@@ -385,6 +385,14 @@ def test_nothing_is_generated_where_nothing_is_asked_for(url):
     assert reply['choices'][0]['text'] == 'The sea' and reply['choices'][0]['finish_reason'] == 'length' and reply['usage']['completion_tokens'] == 0
 
 
+def test_rows_without_an_input_are_examples_too(monkeypatch):
+    """As are rows whose column family holds something else."""
+    rows = [{'instruction': 'Name it.', 'family': ['a', 'list']}, {'instruction': 'Name a tree.'}, {'instruction': 'Name a tree.', 'input': 'x'}]
+    monkeypatch.setattr(serve, 'read_split', lambda *of: SimpleNamespace(meta={'rows': rows, 'sha256': 'x'}))
+    found = serve.page_examples({'config': {'dataset': 'mine'}, 'sha256': 'x'})
+    assert found == [{'title': 'Name it.', 'instruction': 'Name it.', 'input': ''}, {'title': 'Name a tree.', 'instruction': 'Name a tree.', 'input': ''}]
+
+
 # --- what is refused
 
 
@@ -392,6 +400,10 @@ def test_nothing_is_generated_where_nothing_is_asked_for(url):
     (CHAT, '{', 400, 'not a complete JSON object'),
     (CHAT, '[' * 100_001, 413, '100,000'),
     (CHAT, '[' * 50_000, 400, 'not a complete JSON object'),
+    (CHAT, '[[1, 2]]', 400, 'not a complete JSON object'),
+    (CHAT, '["ab", "cd"]', 400, 'not a complete JSON object'),
+    ('/api/chat', {'options': [[1, 2]]}, 400, 'not a complete JSON object'),
+    ('/api/chat', {'messages': [{'role': 'user', 'content': 'x', 'images': ['aGk=']}]}, 400, 'images'),
     (CHAT, 'x' * 1_000_000, 413, '100,000 bytes'),
     (CHAT, {'messages': []}, 400, 'no instruction'),
     (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must have the role user'),

@@ -367,10 +367,25 @@ def test_an_evaluation_can_be_left(train, tmp_path):
     assert evaluations(resumed) == evaluations(whole) and steps(resumed) == steps(whole)
 
 
-def test_a_run_that_is_stopped_before_its_first_evaluation_leaves_a_model_that_answers(train, run, tmp_path):
+def test_a_run_that_is_stopped_before_its_first_step_goes_on_and_has_a_model_that_answers(train, run, tmp_path):
+    whole = train('--max_steps=2', out='whole')
     train('--max_steps=2', first=COUNT_BATCHES.format(at=1))
     assert 'stopped at step 0' in train.shown.stdout
+    assert '--init_from=resume' in train.shown.stdout.splitlines()[-2]
     run('sample.py', '--out_dir=a', '--prompt=x', '--max_new_tokens=2')
+    assert steps(train('--max_steps=2', '--init_from=resume')) == steps(whole)
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_is_told_to_start_again(train, tmp_path):
+    train('--max_steps=9', '--learning_rate=1e9', '--warmup_steps=0', code=2)
+    assert 'Start again with a lower learning_rate' in train.shown.stderr
+    assert not (tmp_path / 'a/ckpt.pt').exists()
+
+
+def test_what_is_missing_ends_a_run_before_an_earlier_one_is_moved(train, begun):
+    train('--max_steps=9', '--logger=wandb', first='import sys; sys.modules["wandb"] = None', code=2)
+    assert 'pip install wandb' in train.shown.stderr
+    assert (begun / 'ckpt.pt').exists() and not list(begun.glob('replaced-*'))
 
 
 def test_a_second_signal_ends_at_once(train):
