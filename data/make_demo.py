@@ -554,7 +554,6 @@ def make_all():
     val = make_rows(TASKS, VAL, LISTED, rng, asked)
     train = make_rows(TASKS, TRAIN + 10_000, TRAINED, rng, asked)  # of some families there are fewer
     test = test[:TEST] + unseen[:UNSEEN]
-    rng.shuffle(test)
     return {'demo.json': train[:TRAIN] + test + val[:VAL], 'demo_heldback.json': make_rows(HELD_BACK, 300, LISTED, rng, asked)[:300]}
 
 
