@@ -49,7 +49,7 @@ adapter = ''  # an adapter.safetensors to put on init_from
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 # what is answered
-dataset = 'instruction-data'  # its test split
+dataset = 'instruction-data'  # its test split; where it is not set, that of the run
 other_data = False  # let a run answer a test split that is not its own, whose rows it may have learned
 before = True  # let the model before fine-tuning answer the test split too
 prompt = ''  # one instruction instead
@@ -284,7 +284,8 @@ def answer_questions(model, path, out, config):
         lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
         asked = [json.loads(line) for line in lines if line.strip()]
         rows = [{'instruction': question['turns'][0]} for question in asked]
-        rows[0]
+        if not rows:
+            raise ValueError('it is empty')
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f'{path} is not a JSONL of questions with turns: {error!r}') from error
     answer(model, rows, lambda i, result: asked[i].update(answers=[result['model_response']]), config)
@@ -343,7 +344,7 @@ def main():
     # what answers, and on what
     run = None if adapter else find_run(config)
     if run and 'dataset' not in config.flags | config.files:
-        config['dataset'] = read_json(run)['config']['dataset']
+        config['dataset'] = read_json(run)['config']['dataset']  # what it was trained on
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
     writes_test_split = not (prompt or interactive or questions)

@@ -79,9 +79,8 @@ def compare_many(size):
 
 
 @torch.inference_mode()
-def bench_decode(size):
-    """A row for each program that decodes a model of this size."""
-    bandwidth = read_bandwidth()
+def bench_decode(size, bandwidth):
+    """A row for each program that decodes a model of this size. bandwidth: bytes that are read a second."""
     weight_bytes = 4 * sum(p.numel() for name, p in build(size).named_parameters() if name != 'wpe.weight')
     with tempfile.TemporaryDirectory() as folder:
         programs = programs_of(size, Path(folder), weight_bytes)
@@ -104,6 +103,7 @@ def bench_decode(size):
 if __name__ == '__main__':
     keep_freed_memory()
     print(f'{" ".join(processor_flags())}, {torch.get_num_threads()} threads', flush=True)
+    bandwidth = read_bandwidth()
     for size in sys.argv[1:] or ['small', 'medium']:
-        bench_decode(size)
+        bench_decode(size, bandwidth)
         compare_many(size)
