@@ -19,6 +19,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
+from unittest.mock import patch
 
 from config import UserError, check_made_of, configure, message_of, read_json, write_json
 from engine import generate
@@ -277,11 +278,11 @@ def write_gguf(model, folder, about):
     import gguf
     shape = model.config
     if shape.block_size % 256:
-        print('  warning: llama.cpp rounds a context up to a multiple of 256, beyond the '
+        print('  warning: llama.cpp rounds contexts up to whole 256s, and so beyond the '
               f'{shape.block_size} positions of this model: prompt and answer must end before')
     # its scales are of 32 values each
     if gguf_type == 'Q8_0' and shape.n_embd % 32:
-        raise ValueError(f'Q8_0 takes an n_embd that 32 divides, not {shape.n_embd}')
+        raise ValueError(f'Q8_0 takes an n_embd of whole 32s, not {shape.n_embd}')
     # several types may stand beside each other
     file = f'{shape.name}-{gguf_type}.gguf'
     writer = gguf.GGUFWriter(folder / file, 'gpt2')
@@ -423,10 +424,15 @@ def read_peft(folder, base):
 
 def read_gguf(folder, base):
     """llama.cpp, by llama-cpp-python; of several types the newest."""
-    from llama_cpp import GGML_TYPE_F32, Llama
-    # keys and values in fp32, too; llama.cpp's default is fp16
-    llama = Llama(str(newest(folder.glob('*.gguf'))), n_ctx=0, logits_all=True, verbose=False,
-                  n_threads=torch.get_num_threads(), type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    from llama_cpp import GGML_TYPE_F32, Llama, llama_cpp
+    path = str(newest(folder.glob('*.gguf')))
+    # without the kernels for AMX, which crashed on Q8_0 (0.3.36). Llama has no argument for that
+    params = llama_cpp.llama_model_default_params()
+    params.use_extra_bufts = False
+    with patch.object(llama_cpp, 'llama_model_default_params', lambda: params):
+        # keys and values in fp32, too; llama.cpp's default is fp16
+        llama = Llama(path, n_ctx=0, logits_all=True, verbose=False, n_threads=torch.get_num_threads(),
+                      type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
 
     # its past is the number of positions to keep
     def step(ids, past):
