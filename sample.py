@@ -301,15 +301,18 @@ def print_answer(model, instruction, input, config):
 
 def find_examples(rows):
     """
-    Rows -> {family: one of its rows, if it is short}. The demo's rows name their family, which is a kind of
-    task; of other rows those that begin with the same three words are one.
+    Rows -> {family: its shortest row}. The demo's rows name their family, which is a kind of task; of other
+    rows those that begin with the same three words are one.
     """
-    families = [row['family'] for row in rows if isinstance(row.get('family'), str)]
+    def size(row):
+        return len(row['instruction'] + (row.get('input') or ''))
+
+    has_families = any(isinstance(row.get('family'), str) for row in rows)
     examples = {}
     for row in rows:
-        family = row.get('family') if families else ' '.join(row['instruction'].split()[:3])
-        if isinstance(family, str) and len(row['instruction'] + (row.get('input') or '')) < 200:
-            examples.setdefault(family, row)
+        family = row.get('family') if has_families else ' '.join(row['instruction'].split()[:3])
+        if isinstance(family, str):
+            examples[family] = min(examples.get(family, row), row, key=size)
     return examples
 
 
