@@ -13,7 +13,7 @@ import pytest
 
 DATA = Path(__file__).parent.parent / 'data'
 FILES = 'demo.json', 'demo_heldback.json'
-SHA256 = 'b00115c7b9e95b2f', 'c3cacdcccc62e9f1'  # their first 16 digits
+SHA256 = '7f856d4314e275cf', '0d97d540e3e3289a'  # their first 16 digits
 
 
 @pytest.fixture(scope='module')

@@ -499,7 +499,7 @@ atexit.register(lambda: print('\\npeak', memory('VmHWM') - before, 'ckpt.pt' in 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_resume_takes_no_more_memory_than_the_run(train):
     """And keeps no file mapped on a CPU: on Windows it could not be replaced then."""
-    flags = '--n_embd=128', '--batch_size=2', '--save_interval=1000'
+    flags = '--n_embd=256', '--batch_size=2', '--save_interval=1000'
     peaks = []
     for more in ('--max_steps=3',), ('--max_steps=6', '--init_from=resume'):
         train(*flags, *more, first=MEASURE)
@@ -507,8 +507,8 @@ def test_resume_takes_no_more_memory_than_the_run(train):
         peaks.append(int(peak))
         assert is_mapped == 'False'
     # weights, two moments, and the gradients of the embedding
-    assert peaks[0] > 4 * 4 * 50257 * 128 / 1024
-    assert peaks[1] <= 1.1 * peaks[0]
+    assert peaks[0] > 4 * 4 * 50257 * 256 / 1024
+    assert peaks[1] <= 1.1 * peaks[0], peaks
 
 
 # --- what fails
