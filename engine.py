@@ -17,6 +17,7 @@ import ctypes
 import os
 import platform
 from collections import deque
+from pathlib import Path
 
 from config import UserError
 from model import ModelError, causal_attention, random_numbers, sample_token
@@ -104,8 +105,21 @@ def onednn_computes(dtype):
     return HAS_ONEDNN and dtype == torch.float32
 
 
+def is_intel():
+    """Whether the processor is Intel's, for which MKL is made, the library behind F.linear."""
+    try:
+        return 'GenuineIntel' in Path('/proc/cpuinfo').read_text()
+    except OSError:  # Linux alone has this file
+        return 'GenuineIntel' in platform.processor()
+
+
+MKL_ROWS = 4 if is_intel() else 0  # up to so many rows MKL takes less time than oneDNN in fp32
+
+
 def onednn_linear(x, weight, bias=None):
-    """F.linear by oneDNN; the matrix may be in the order in which oneDNN reads it."""
+    """F.linear by oneDNN, but for a few rows in fp32; in bfloat16 the matrix may be in oneDNN's own order."""
+    if x.dtype == torch.float32 and x.numel() <= MKL_ROWS * x.size(-1):
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 

@@ -637,7 +637,9 @@ for step in range(first_step, total_steps + 1):
         end_reason = f'val loss has not fallen in {patience} evaluations'
     epoch_ended = step > first_step and progress['examples_seen'] % n_examples == 0
     save_is_due = save_is_due or (step % save_interval == 0 if save_interval else epoch_ended)
-    is_resumed = step == first_step and init_from == 'resume'  # ckpt.pt holds this state already
+    # a run that is stopped before its first step is saved, too: it can be resumed like any other. One that
+    # was resumed, and has done no step since, has this state in ckpt.pt
+    is_resumed = step == first_step and init_from == 'resume'
     if (end_reason and not is_resumed) or (save_is_due and step > first_step):
         save_checkpoint()
         last_save_time = time.perf_counter()
@@ -697,6 +699,7 @@ for step in range(first_step, total_steps + 1):
     # an infinite norm is no fault where the scaler will halve its scale and skip the step
     scale_can_shrink = scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or scale_can_shrink):
+        # nothing of this step is saved
         advice = 'Start again with'
         if (out / 'ckpt.pt').exists():
             advice = 'The last checkpoint is kept. Resume it with'
@@ -741,6 +744,7 @@ if not eval_only:
         val_loss = about['val_loss']
         arguments = [argument for argument in sys.argv[1:] if not argument.startswith('--init_from')]
         if was_stopped:
+            # by as many processes, since a step has the same examples then
             command = 'python' if world_size == 1 else f'torchrun --nproc_per_node={world_size}'
             command += ' train.py'
             arguments.append('--init_from=resume')  # last: a config file sets init_from, too

@@ -428,8 +428,10 @@ def inference_copy(model, dtype):
 
 
 @pytest.mark.parametrize('has_onednn', [True, False])
-def test_inference_in_fp32_gives_the_ids_of_the_definition(model, prompts, defined, has_onednn, monkeypatch):
+@pytest.mark.parametrize('mkl_rows', [0, 4])  # those of AMD's and of Intel's processors
+def test_inference_in_fp32_gives_the_ids_of_the_definition(model, prompts, defined, has_onednn, mkl_rows, monkeypatch):
     monkeypatch.setattr(engine, 'HAS_ONEDNN', has_onednn and engine.HAS_ONEDNN)
+    monkeypatch.setattr(engine, 'MKL_ROWS', mkl_rows)
     fast = inference_copy(model, torch.float32)
     for settings in GREEDY, TOP_4:
         assert generate(fast, prompts, NEW, eos=-1, **settings) == [defined(prompt, **settings) for prompt in prompts]
