@@ -141,6 +141,7 @@ def load_base(run, cache_dir='', download_from='openai'):
         torch.manual_seed(about['config']['seed'])
         model = GPT(GPTConfig(**about['model']))
     else:  # by the name or the path that training was given
+        # a run that was copied to another machine is often there without its base
         try:
             model = GPT.from_pretrained(about['init_from'], cache_dir, download_from, vocab_size=VOCAB_SIZE)
         except ModelError as error:
@@ -307,6 +308,7 @@ def find_examples(rows):
     def size(row):
         return len(row['instruction'] + (row.get('input') or ''))
 
+    # a column of that name may hold anything, and some rows may have none
     has_families = any(isinstance(row.get('family'), str) for row in rows)
     examples = {}
     for row in rows:
