@@ -335,8 +335,15 @@ def test_files_of_ones_own_for_val_and_test(run, tmp_path):
     assert figures(shown, 'rows') == [38, 2, 15]
     shown = run('prepare.py', '--source=train.json', '--val_source=val.csv', '--dataset=z').stdout
     assert figures(shown, 'rows') == [36, 5, 4]
-    said = run('prepare.py', '--source=train.json', '--test_source=t*n.json', '--dataset=w', code=2).stderr
-    assert 'test_source names a file that another split has: t*n.json' in said
+    for name in 't*n.json', './train.json':
+        said = run('prepare.py', '--source=train.json', f'--test_source={name}', '--dataset=w', code=2).stderr
+        assert f'test_source names a file that another split has: {name}' in said
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_file_first(run, tmp_path):
+    write(tmp_path / 'rows[1].json', PLAIN[:30])
+    write(tmp_path / 'rows1.json', PLAIN[:40])
+    assert sum(figures(run('prepare.py', '--source=rows[1].json', '--dataset=x').stdout, 'rows')) == 30
 
 
 def test_several_sources(run, tmp_path):

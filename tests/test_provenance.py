@@ -351,3 +351,30 @@ def test_labels_of_another_model_are_not_in_the_report(command, folder):
     stage(folder, 'label.py', *label, '--init_from=other')
     command('judge.py', '--out_dir=run', '--judge=reference')
     assert not json.loads((folder / 'run/scores.json').read_text())['reliability']
+
+
+def test_a_run_answers_the_test_split_of_its_own_data_set(folder):
+    stage(folder, 'sample.py', '--out_dir=run', '--max_new_tokens=4', '--before=False')
+    assert json.loads((folder / 'run' / AFTER).read_text())
+
+
+def test_a_base_that_is_gone_is_told_with_what_to_do(command, folder):
+    shutil.rmtree(folder / 'base')
+    said = command('sample.py', '--out_dir=run', '--max_new_tokens=5', code=2).stderr
+    assert 'base is not a checkpoint' in said and '--before=False leaves it out' in said
+    command('sample.py', '--out_dir=run', '--max_new_tokens=5', '--before=False')
+
+
+def test_the_loss_of_a_base_may_be_asked_for_where_it_lies(folder):
+    """Nothing is written then, so that nothing is replaced."""
+    before = content(folder)
+    shown = stage(folder, 'train.py', *TUNE, '--init_from=base', '--out_dir=base', '--eval_only=True').stdout
+    assert 'val loss' in shown and content(folder) == before
+
+
+def test_labels_of_rows_with_other_names(folder):
+    rows = [{'q': 'Name it.', 'a': 'It.'}, {'q': ''}]
+    (folder / 'ask.json').write_text(json.dumps(rows))
+    flags = '--label_rows=ask.json', '--fields=instruction:q,output:a', '--out_dir=run', '--self_consistency=2', '--max_new_tokens=2'
+    assert '--skip_faulty=True' in stage(folder, 'label.py', *flags, code=2).stderr
+    assert ' of 1 rows' in stage(folder, 'label.py', *flags, '--skip_faulty=True').stdout

@@ -269,6 +269,9 @@ def test_a_file_that_holds_no_questions_is_told(sample, tmp_path, line):
     (tmp_path / 'questions.jsonl').write_text('{"turns": ["Say it."]}\n' + line)
     sample('--questions=questions.jsonl', code=2)
     assert 'questions.jsonl is not a JSONL of questions with turns' in sample.shown.stderr
+    (tmp_path / 'questions.jsonl').write_text('')
+    sample('--questions=questions.jsonl', code=2)
+    assert 'it is empty' in sample.shown.stderr
 
 
 def test_several_processes_answer_the_test_split_alone(sample):
