@@ -116,8 +116,8 @@ def is_intel():
 MKL_ROWS = 4 if is_intel() else 0  # up to so many rows MKL takes less time than oneDNN in fp32
 
 
-def onednn_linear(x, weight, bias=None):
-    """F.linear by oneDNN, but for a few rows in fp32; in bfloat16 the matrix may be in oneDNN's own order."""
+def cpu_linear(x, weight, bias=None):
+    """F.linear by the faster of MKL and oneDNN. In bfloat16 the matrix may be in oneDNN's own order."""
     if x.dtype == torch.float32 and x.numel() <= MKL_ROWS * x.size(-1):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
@@ -147,7 +147,7 @@ class InferenceLinear(nn.Module):
             # in bfloat16 a product takes less time if the matrix has an order of its own; in fp32 it does not
             if dtype == torch.bfloat16:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-            self.product = lambda x: onednn_linear(x, weight, bias)
+            self.product = lambda x: cpu_linear(x, weight, bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.product(x.to(self.dtype))
@@ -181,7 +181,7 @@ class InferenceEmbedding(nn.Module):
             for chunk in self.weight.split(VOCABULARY_CHUNK):
                 logits.append(F.linear(x, chunk.float()))
             return torch.cat(logits, dim=-1)
-        linear = onednn_linear if self.has_onednn else F.linear
+        linear = cpu_linear if self.has_onednn else F.linear
         return linear(x.to(self.weight.dtype), self.weight)
 
 

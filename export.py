@@ -233,7 +233,7 @@ def write_peft(model, folder, about):
         matrix, _, letter = name.rpartition('.')
         state[f'base_model.model.transformer.{matrix}.lora_{letter}.weight'] = gather(p)
     save_file(state, folder / 'adapter_model.safetensors', {'format': 'pt'})
-    base = about['init_from']
+    base = about['init_from']  # others have no use for a path
     write_json(folder / 'adapter_config.json', {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
@@ -443,11 +443,6 @@ def read_gguf(folder, base):
     return {'llama.cpp': step}
 
 
-def read_onnx(folder, base):
-    """onnxruntime, for each graph that is there: in float32, and in int8."""
-    return {f'onnxruntime, {path.stem}': onnx_step(path) for path in sorted(folder.glob('onnx/*.onnx'))}
-
-
 def onnx_step(path):
     """The step of an ONNX graph."""
     from onnxruntime import InferenceSession
@@ -465,6 +460,11 @@ def onnx_step(path):
         logits, *past = session.run(None, dict(zip(names, inputs)))
         return torch.from_numpy(logits), past
     return step
+
+
+def read_onnx(folder, base):
+    """onnxruntime, for each graph that is there: in float32, and in int8."""
+    return {f'onnxruntime, {path.stem}': onnx_step(path) for path in sorted(folder.glob('onnx/*.onnx'))}
 
 
 def read_torchscript(folder, base):
@@ -651,10 +651,10 @@ def main():
         if name not in FORMATS:
             raise UserError(f'to={to!r} may name {", ".join(FORMATS)}')
         _, _, modules = FORMATS[name]
+        if name == 'onnx' and onnx_type == 'int8':
+            modules += ('onnxruntime',)
         for module in modules:
             __import__(module)
-    if onnx_type == 'int8' and 'onnx' in formats:
-        import onnxruntime  # noqa: F401
     if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
         raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
     # without a run it is a released model, or the one of a path

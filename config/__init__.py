@@ -80,7 +80,7 @@ def settings_of(path):
             continue
         try:
             value = ast.literal_eval(node.value)
-        except ValueError:  # an expression like `2 * batch_size`
+        except (ValueError, TypeError):  # an expression like `2 * batch_size`
             value = None
         comment = lines[node.end_lineno - 1].partition('  # ')[2]
         rule = re.search(r' ?\[([^\[\]]+)\]$', comment)

@@ -707,6 +707,7 @@ def test_int8_in_transformers_js_layout(again, runs):
     all values of a call (1.32).
     """
     printed = stage(runs, 'export.py', f'--out_dir={again}', '--to=onnx', '--onnx_type=int8', *FLAGS).stdout
+    assert 'onnxruntime, model: largest difference' in printed and 'onnxruntime, model_quantized: largest difference' in printed
     for how in 'in fp32', 'exported', 'exported, in a batch':
         assert f'  {how}: exact match ' in printed
     assert printed.count('% of greedy ids equal\n') == 3
