@@ -6,7 +6,7 @@ PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 
 # what is installed belongs to these files: a change in them installs again
 $(VENV)/demo: requirements.txt
-	@echo 'installing requirements.txt (torch and twelve others: 1 to 5 GB, some minutes) into $(VENV)'
+	@echo 'installing requirements.txt (torch and thirteen others: 1 to 5 GB, some minutes) into $(VENV)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	touch $@

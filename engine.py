@@ -1,14 +1,14 @@
 """
-Fast generation: many prompts at once, with a KV cache, in sequences that join and leave between steps; and
-where and in what precision a model computes.
+Fast generation: many prompts at once, with a KV cache, in sequences that join and leave between steps. This
+file also chooses the device and the precision.
 
     answers = generate(model, prompts, 256)     # lists of ids -> the lists of new ids, in the same order
 
     device, dtype = choose_device('auto', 'auto')
     for_inference(model, device, dtype)         # before generate, where the model is not trained any further
 
-In fp32 the new ids are those of GPT.generate. A step computes some ids of every sequence that runs: one of
-those that decode, and of those whose prompts are being read (prefill) as many as a step has room for.
+In fp32 the new ids are those of GPT.generate. In one step every sequence that runs gets on: one that decodes
+by one id, one whose prompt is still being read (prefill) by as many as the step has room for.
 
 Shapes: B rows, T positions, C = n_embd channels, H heads of C/H channels, N positions of a step.
 """
@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 
 from config import UserError
-from model import ModelError, causal_attention, random_numbers, sample_token
+from model import MATRICES, ModelError, causal_attention, random_numbers, sample_token
 
 import torch
 import torch.distributed as dist
@@ -132,22 +132,26 @@ class InferenceLinear(nn.Module):
     def __init__(self, weight, bias, dtype):
         super().__init__()
         is_cpu = weight.device.type == 'cpu'
-        if is_cpu and HAS_FBGEMM and dtype.itemsize == 2 and not onednn_computes(dtype):
+        uses_onednn = is_cpu and onednn_computes(dtype)
+        self.dtype = dtype  # of what goes in and of what comes out
+        weight = weight.detach()
+        bias = bias.detach()
+        if is_cpu and HAS_FBGEMM and dtype.itemsize == 2 and not uses_onednn:
             # only the matrix is in half precision: in float16, also where bfloat16 was asked for, as it takes
             # the same time and rounds less
-            packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), bias.detach().float())
-            self.dtype = torch.float32  # of what goes in and of what comes out
+            packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias.float())
+            self.dtype = torch.float32
             self.product = lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
             return
-        self.dtype = dtype
-        weight = weight.detach().to(dtype)
-        bias = bias.detach().to(dtype)
-        self.product = lambda x: F.linear(x, weight, bias)
-        if is_cpu and onednn_computes(dtype):
+        weight = weight.to(dtype)
+        bias = bias.to(dtype)
+        if uses_onednn:
             # in bfloat16 a product takes less time if the matrix has an order of its own; in fp32 it does not
             if dtype == torch.bfloat16:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
             self.product = lambda x: cpu_linear(x, weight, bias)
+        else:
+            self.product = lambda x: F.linear(x, weight, bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
         return self.product(x.to(self.dtype))
@@ -155,8 +159,8 @@ class InferenceLinear(nn.Module):
 
 class InferenceEmbedding(nn.Module):
     """
-    The token vectors and the output layer for inference. No kernel has a copy of the matrix in an order of
-    its own: in Small's shape that would take a third more memory.
+    The token vectors and the output layer for inference. Their matrix is kept once, not also in the order of
+    a kernel: in Small's shape that copy would take a third more memory.
     """
 
     def __init__(self, embedding, dtype):
@@ -193,7 +197,7 @@ def for_inference(model, device, dtype):
     """
     model.to(device).eval().requires_grad_(False)
     for block in model.h:
-        for name in 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj':
+        for name in MATRICES:
             layer = block.get_submodule(name)
             block.set_submodule(name, InferenceLinear(layer.weight, layer.bias, dtype))
     model.wte = InferenceEmbedding(model.wte, dtype)
@@ -264,7 +268,7 @@ class KVCache:
         self.layers = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
 
     def resize(self, n_slots, longest, limit):
-        """Make room for n_slots sequences of up to `longest` positions, which will not pass `limit`."""
+        """Make room for n_slots sequences: for `longest` positions now, and never more than `limit`."""
         _, old_slots, n_head, old_length, head_size = self.layers[0].shape
         if n_slots <= old_slots and longest <= old_length <= limit + CACHE_GROWTH:
             return

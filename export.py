@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 from unittest.mock import patch
 
-from config import UserError, check_made_of, configure, message_of, read_json, write_json
+from config import UserError, check_made_of, configure, message_of, newest, read_json, write_json
 from engine import generate
 from lora import gather, load_adapter, lora_parameters
 from model import GPT, RELEASED, ModelError, fingerprint, transpose_conv1d
@@ -35,7 +35,7 @@ from prepare import (
     format_prompt,
     vocabulary_files,
 )
-from sample import Loaded, find_run, newest, read_test_split
+from sample import Loaded, find_run, read_test_split
 
 import numpy as np
 import torch
@@ -45,13 +45,14 @@ from safetensors.torch import save_file
 # -----------------------------------------------------------------------------
 out_dir = 'out'  # the run: its newest <model>-sft.pth; for peft its adapter.safetensors
 init_from = 'gpt2-medium'  # where there is no run, or as a flag that names another model: what is exported
+download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 to = 'huggingface'  # huggingface, peft, gguf, onnx, torchscript; several with commas
 shard_size = '5GB'  # of huggingface: larger weights become files of this size and an index
 gguf_type = 'F32'  # [F32 | F16 | Q8_0]
 onnx_type = 'float32'  # [float32 | int8]
 max_new_tokens = 256  # in Ollama's settings, and of the answers that show what a type loses [>= 1]
-dataset = 'instruction-data'  # its test split shows what F16, Q8_0 and int8 lose
+dataset = 'instruction-data'  # its test split shows what F16, Q8_0 and int8 lose; by default the run's own
 # -----------------------------------------------------------------------------
 config = configure(globals())
 
@@ -416,7 +417,7 @@ def read_peft(folder, base):
     """PEFT, upon the base model in transformers' form, which need not be exported for that."""
     from peft import PeftModel
     from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT.from_pretrained(base, cache_dir, vocab_size=VOCAB_SIZE)
+    model = GPT.from_pretrained(base, cache_dir, download_from, vocab_size=VOCAB_SIZE)
     net = GPT2LMHeadModel(GPT2Config(**huggingface_config(model.config)))
     net.load_state_dict(huggingface_weights(model), strict=False)  # without the output layer, which is tied
     return {'peft': transformers_step(PeftModel.from_pretrained(net, folder).eval())}
@@ -512,7 +513,7 @@ def load_model(name, run, about):
     """
     path = run.with_suffix('.pth') if run and name != 'peft' else about['init_from']
     dropout = about['model']['dropout'] if run else 0.0
-    model = GPT.from_pretrained(path, cache_dir, dropout=dropout, mapped=True, vocab_size=VOCAB_SIZE)
+    model = GPT.from_pretrained(path, cache_dir, download_from, dropout, mapped=True, vocab_size=VOCAB_SIZE)
     # ids beyond the tokenizer's were left out at loading; fewer are another tokenizer's
     n_ids = model.config.vocab_size
     if n_ids != VOCAB_SIZE:
@@ -553,7 +554,7 @@ def in_a_batch(step):
 def compare_lossy(model, steps):
     """Print what the type of the weights changes on the test split. steps: {how: a step that answers so}."""
     # the split may be of other data than the run's: the comparison is with the same model in fp32
-    data = read_test_split({'dataset': dataset, 'other_data': True}, Loaded(model, '', {}))
+    data = read_test_split(config | {'other_data': True}, Loaded(model, '', {}))
     rows = data.meta['rows']
     prompts = [encode_prompt(row) for row in rows]
     answers = {'in fp32': generate(model, prompts, max_new_tokens)}
@@ -660,6 +661,8 @@ def main():
     # without a run it is a released model, or the one of a path
     run = find_run(config)
     about = read_json(run) if run else {'init_from': init_from}
+    if run and 'dataset' not in config.flags | config.files:
+        config['dataset'] = about['config'].get('dataset', dataset)
     for name in formats:
         export(name, run, about)
 

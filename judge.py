@@ -31,6 +31,7 @@ from config import (
     atomic_write,
     check_made_of,
     configure,
+    newest,
     read_json,
     read_jsonl,
     sha256_of,
@@ -54,7 +55,7 @@ predictions = ''  # predictions, or answers to questions; empty: <out_dir>/instr
 baseline = ''  # predictions to compare with; empty: the untuned model's beside them, if any; none: nothing
 # judge
 judge = 'ollama'  # a server, or reference metrics alone [ollama | openai | reference]
-judge_model = 'llama3'  # a model of that server; any: the one that it has
+judge_model = 'llama3'  # a model of that server; any: its only one
 judge_url = ''  # the server's base URL; empty: OLLAMA_HOST or http://127.0.0.1:11434
 judge_style = 'score'  # 0 to 100; chapter 7's wording of it; 1 to 10, explained [score | book | mtbench]
 judge_temperature = 0.0  # of the judge's sampling; 0: greedy [>= 0]
@@ -121,7 +122,7 @@ def read_predictions(path):
     return entries
 
 
-def made_of(path):
+def provenance_of(path):
     """What a file of predictions was made of, {'predictions': its hash, 'weights': ...}, as far as told."""
     sha256 = sha256_of_file(path)
     about = path.with_suffix('.about.json')
@@ -138,8 +139,8 @@ def find_baseline(path, entries):
         return None, []
     if not baseline:
         # it must be of the weights that the run started from, on the same data
-        ours = made_of(path)
-        its = made_of(other)
+        ours = provenance_of(path)
+        its = provenance_of(other)
         for name, value in ('weights', ours.get('base weights')), ('data', ours.get('data')):
             if value and its.get(name, value) != value:
                 print(f'{other} is not of the model that this run started from, so nothing is compared with '
@@ -340,13 +341,6 @@ class Fault(Exception):
         self.status = status
 
 
-class BoundedRetry(urllib3.Retry):
-    """Waits as long as Retry-After says, but no longer than two minutes."""
-
-    def parse_retry_after(self, value):
-        return min(super().parse_retry_after(value), 120)
-
-
 def server_address(kind, url):
     """
     The base URL of the server at judge_url, or else at OLLAMA_HOST, which may lack a scheme. For example:
@@ -380,15 +374,17 @@ class Server:
         self.kind = kind
         self.model = model
         self.url = server_address(kind, url)
+        self.is_there = False
         self.version = ''
         self.digest = ''
         self.refused = set()  # options that the server does not take, which are left out or renamed
         self.unanswered = 0  # questions in a row
         self.gone = ''  # why no more questions are worth asking
         self.key = os.environ.get('OPENAI_API_KEY', '').strip() if kind == 'openai' else ''
-        # a question is sent again after a time-out, a lost connection or one of the statuses
-        retry = BoundedRetry(3, allowed_methods=None, status_forcelist={408, 500, 502, 503, 504},
-                             raise_on_status=False, backoff_factor=judge_backoff)
+        # a question is sent again after a time-out, a lost connection or one of the statuses. A Retry-After
+        # of more than two minutes counts as two
+        retry = urllib3.Retry(3, allowed_methods=None, status_forcelist={408, 500, 502, 503, 504},
+                              raise_on_status=False, backoff_factor=judge_backoff, retry_after_max=120)
         logging.getLogger('urllib3').setLevel(logging.ERROR)  # no line for every attempt
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=judge_workers, max_retries=retry)
         self.session = requests.Session()
@@ -447,6 +443,7 @@ class Server:
             raise UserError(f'no judge at {self.url} ({fault}); {advice}') from fault
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{self.url} does not have the API of judge={self.kind!r}') from error
+        self.is_there = True
         if is_any and len(digests) == 1:
             self.model = next(iter(digests))
         name = self.model if self.model in digests else self.model + ':latest'
@@ -540,10 +537,11 @@ def find_server(kept):
     except UserError as error:
         # kind, model, version and digest of the server that gave each of them
         servers = [record['server'] for record in kept.values()]
-        fitting = [asked for asked in servers if asked[:2] == [judge, judge_model]]
+        is_unknown = is_any and not server.is_there  # which model the server would have
+        fitting = [asked for asked in servers if asked[0] == judge and (is_unknown or asked[1] == judge_model)]
         if not fitting:
             raise
-        server.version, server.digest = fitting[-1][2:]
+        _, server.model, server.version, server.digest = fitting[-1]
         print(f'{error}: the replies that are kept are used')
     return server
 
@@ -614,9 +612,11 @@ def jackknife(statistic, stats, scale=()):
     The interval of a statistic of sums over rows, from its values without each of the rows; None where it
     is not defined. For a mean, which is the ratio of a sum and a number, this is Student's t.
 
-    stats (n, k): what is summed; statistic: sums (k,) -> a number, nan where it is not defined. scale: the
-    ends of the scale that a mean is on. Half a row is added at each end, so that ten answers that all score
-    100 get an interval of some width.
+    stats (n, k): what is summed; statistic: sums (k,) -> a number, nan where it is not defined. The bounds
+    are statistic -+ t sqrt((n - 1) / n sum((x_i - mean(x))^2)), where x_i is the statistic without row i.
+
+    scale: the ends of the scale that a mean is on. Half a row is added at each end, so that ten answers that
+    all score 100 get an interval of some width.
     """
     found = {'value': statistic(stats.sum(0)), 'low': None, 'high': None, 'n': len(stats)}
     if not math.isfinite(found['value']):
@@ -639,8 +639,7 @@ def jackknife(statistic, stats, scale=()):
 
 def mean_interval(values, scale=()):
     """The interval of the mean of values, which may be on a scale (lowest, highest); None without values."""
-    rows = [[value, 1] for value in values]
-    return jackknife(ratio, np.array(rows).reshape(-1, 2), scale)
+    return jackknife(ratio, np.column_stack([values, np.ones(len(values))]), scale)
 
 
 def share_interval(count, n):
@@ -670,8 +669,8 @@ def compare(differences):
 # reference metrics: each is a statistic of sums over rows, so that the rows of any group can be summed up,
 # and each row be left out, without counting n-grams again
 
-# of sacrebleu the methods that count in a row, and that score such counts, whose names begin with _: its
-# version is pinned. force: without advice on texts that may be tokenized already
+# two private methods of sacrebleu, whose version is pinned, count the n-grams of a row, and score summed
+# counts. force: without advice on texts that may be tokenized already
 CORPUS_BLEU = BLEU(force=True)
 CORPUS_CHRF = CHRF()
 
@@ -912,7 +911,8 @@ def ask_judge(scores, sides):
     for name, rows in prompts.items():
         questions = list(filter(None, itertools.chain(*rows)))
         asked |= dict.fromkeys(questions)
-        print(f'{name}: {len(questions):,} questions')
+        if rows:  # there is no calibration with calibrate=0
+            print(f'{name}: {len(questions):,} questions')
     replies = ask_all(server, asked, kept, path)
     judgements = {}
     for name, rows in prompts.items():
@@ -958,10 +958,10 @@ def write_scores(scores):
 def main():
     path = Path(predictions or Path(out_dir, 'instruction-data-with-response.json'))
     entries = read_predictions(path)
-    about = made_of(path)
-    runs = sorted(Path(out_dir).glob('*-sft.json'), key=os.path.getmtime)
-    if runs and not predictions:
-        now = {'weights': read_json(runs[-1]).get('weights', about.get('weights'))}
+    about = provenance_of(path)
+    run = newest(Path(out_dir).glob('*-sft.json'))
+    if run and not predictions:
+        now = {'weights': read_json(run).get('weights', about.get('weights'))}
         check_made_of(path, about, now, 'python sample.py answers with the model that is there now')
     baseline_path, baseline_entries = find_baseline(path, entries)
     sides = {'run': entries} | ({'baseline': baseline_entries} if baseline_entries else {})
@@ -971,10 +971,10 @@ def main():
     rows = [{'row': entry.row, 'run': {}, 'baseline': {}} for entry in entries]
     for result, entry in zip(rows, baseline_entries):
         result['baseline']['replies'] = entry.answers
-    labels = Path(out_dir, 'pseudo-labels.about.json')  # of label.py, by the same model
-    reliability = []
-    if labels.exists() and read_json(labels).get('made_of', {}).get('weights') == about.get('weights'):
-        reliability = read_json(labels)['reliability']
+    labels = Path(out_dir, 'pseudo-labels.about.json')  # of label.py
+    told = read_json(labels) if labels.exists() else {}
+    is_same_model = told.get('made_of', {}).get('weights') == about.get('weights')
+    reliability = told.get('reliability', []) if is_same_model else []
     scores = {'format': 1, 'config': config, 'predictions': str(path),
               'compared_with': str(baseline_path or ''), 'made_of': about, 'judge': {'kind': judge},
               'style': judge_style, 'scale': STYLE.scale, 'metrics': {}, 'rows': rows,

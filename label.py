@@ -22,7 +22,7 @@ from scipy.stats import binomtest
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # what answers where there is no run, or, as a flag, instead of the run
+init_from = 'gpt2-medium'  # what answers where there is no run, or as a flag if it is not the run's base
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
 # labels
@@ -81,6 +81,7 @@ def reliability(rows):
 def label(loaded, rows, path, rank, world_size):
     """Give each row what most sampled answers say as its output: <path>.json."""
     for row in rows:
+        row.pop('reference', None)  # a field of the file's own, which is no output
         if row.get('output'):
             row['reference'] = row['output']
     settings = {'max_new_tokens': max_new_tokens, 'temperature': label_temperature, 'top_k': top_k,
@@ -111,7 +112,7 @@ def label(loaded, rows, path, rank, world_size):
           f'wrote {path}.json')
 
 
-if __name__ == '__main__':
+def main():
     if not label_rows:
         raise UserError('name the rows: --label_rows=unlabelled.json')
     run = find_run(config)
@@ -125,3 +126,7 @@ if __name__ == '__main__':
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     label(loaded, rows, out / 'pseudo-labels', rank, world_size)
+
+
+if __name__ == '__main__':
+    main()

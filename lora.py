@@ -15,14 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import UserError, atomic_write, check_made_of
-from model import GPTConfig, fingerprint
+from model import MATRICES, GPTConfig, fingerprint
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-
-MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'
-ALL_MATRICES = ','.join(MATRICES)
 
 
 class LoRA(nn.Module):
@@ -40,7 +37,7 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x):
-        """x (..., in) -> (..., out). B is scaled, which is smaller than the output."""
+        """x (..., in) -> (..., out). The scale multiplies B, which is smaller than the output."""
         z = F.linear(self.drop(x), self.A)  # (..., rank)
         B = self.B * self.scale
         return self.base(x) + F.linear(z, B)
@@ -52,7 +49,7 @@ class LoRA(nn.Module):
         return torch.addmm(weight, gather(self.B), gather(self.A), alpha=self.scale)
 
 
-def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='none'):
+def add_lora(model, rank, alpha, dropout=0.0, targets=','.join(MATRICES), quantize='none'):
     """
     Freeze the model and give the matrices that `targets` names trainable A and B. quantize='nf4' keeps all
     matrices of the blocks in 4 bits. Raises UserError.

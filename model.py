@@ -136,6 +136,9 @@ class GPTConfig:
         return names.get((self.n_layer, self.n_embd), f'gpt2-{self.n_layer}x{self.n_embd}')
 
 
+MATRICES = 'attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'  # of a block
+
+
 class GPT(nn.Module):
     """The whole network, in GPT-2's parameter names."""
 
@@ -243,7 +246,7 @@ class GPT(nn.Module):
             config, tensors = read_checkpoint(path)
             config = replace(config, dropout=dropout, vocab_size=min(config.vocab_size, vocab_size))
             tensors['wte.weight'] = tensors['wte.weight'][:config.vocab_size]
-            # one at a time, so that what is mapped for a tensor is freed before the next one is copied
+            # one at a time: the mapped pages of a tensor are freed before the next one is copied
             for name in tensors:
                 tensor = tensors[name].float()
                 tensors[name] = tensor if mapped else tensor.clone(memory_format=torch.contiguous_format)
@@ -277,9 +280,9 @@ def sample_token(logits, temperature, top_k, rng):
     if top_k:
         smallest = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < smallest, -math.inf)
-    # the id at which the cumulated probability reaches a random number above 0 and up to 1
-    cumulated = logits.softmax(dim=0).cumsum(dim=0)
-    return torch.searchsorted(cumulated, cumulated[-1] * (1 - rng.random())).item()
+    # the first id at which the cumulative probability reaches a random number above 0 and up to 1
+    cumulative = logits.softmax(dim=0).cumsum(dim=0)
+    return torch.searchsorted(cumulative, cumulative[-1] * (1 - rng.random())).item()
 
 
 def fingerprint(tensors):
@@ -291,7 +294,7 @@ def fingerprint(tensors):
     for name, tensor in sorted(tensors.items()):
         digest.update(f'{name} {list(tensor.shape)}'.encode())
         values = tensor.detach().flatten()
-        # an odd step, or it would meet the same few columns in every row: LoRA may change a single one
+        # odd, or the samples would fall into the same few columns of each row: LoRA may change a single one
         step = max(1, len(values) // 4096) | 1
         digest.update(values[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -415,7 +418,8 @@ def transpose_conv1d(name, tensor):
 
 # patterns of others' names, which are replaced one after the other
 OUR_NAMES = {
-    # before the name: torch.compile, DistributedDataParallel, Lightning; Hugging Face and nanoGPT; OpenAI
+    # prefixes: of torch.compile, of DistributedDataParallel, of Lightning and OpenAI, and of Hugging Face and
+    # nanoGPT, in this order
     '^((_orig_mod|module|model|transformer)[./])+': '',
     # OpenAI: h0/ln_1/g is h.0.ln_1.weight, and wte is wte.weight
     '/': '.',
@@ -467,10 +471,13 @@ def convert_tensors(tensors):
     n_rows, n_columns = ours['h.0.attn.c_attn.weight'].shape
     if n_rows < n_columns:
         ours = {name: transpose_conv1d(name, tensor) for name, tensor in ours.items()}
-    # nanoGPT trains without biases by default, which is the same as with biases of zero
-    if not any(name.endswith('bias') for name in ours):
-        weights = [name for name in ours if name.startswith(('h.', 'ln_f.'))]
-        ours |= {name.replace('weight', 'bias'): torch.zeros(len(ours[name])) for name in weights}
+    # nanoGPT trains without biases by default, and the book's chapter 5 without those of queries, keys and
+    # values: which is the same as biases of zero. A bias that other blocks have is missing by a fault
+    kinds = {re.sub('[0-9]+', '', name) for name in ours}
+    for name in list(ours):
+        bias = name.replace('weight', 'bias')
+        if name.startswith(('h.', 'ln_f.')) and re.sub('[0-9]+', '', bias) not in kinds:
+            ours[bias] = torch.zeros(len(ours[name]))
     return ours
 
 
@@ -700,7 +707,7 @@ def fetch_first(urls, path, size, sha256):
         part.unlink(missing_ok=True)  # nothing would tell whether the rest belongs to it
     faults = {}
     wrong = set()  # addresses that sent another file
-    # Retry does not mend a connection that breaks: the next address, or the same one again, goes on there
+    # Retry does not resume a body that breaks off: the next address, or the same one again, goes on with part
     for url in urls * 3:
         if url in wrong:
             continue

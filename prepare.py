@@ -58,7 +58,7 @@ overwrite = False  # replace the rows of another source in that folder
 # split
 train_share = 0.85  # of the rows [0 .. 1]
 test_share = 0.10  # of the rows; the remainder is val [0 .. 1]
-split_seed = 123  # shuffles, keeping equal prompts together; -1: cut the file in its own order
+split_seed = 123  # shuffles, keeping equal prompts together; -1: cut the file in its own order [>= -1]
 # tokens
 block_size = 1024  # longest row in tokens: prompt + answer + end-of-text [>= 2]
 # -----------------------------------------------------------------------------
@@ -89,8 +89,7 @@ def format_prompt(row):
 
 
 # what stands before the instruction, and what between the last of the row's texts and the answer
-BEFORE_INSTRUCTION, _, AFTER_INSTRUCTION = format_prompt({'instruction': '\0'}).partition('\0')
-RESPONSE_HEADER = AFTER_INSTRUCTION.rpartition('\0')[2]
+BEFORE_INSTRUCTION, *_, RESPONSE_HEADER = format_prompt({'instruction': '\0'}).split('\0')
 # without the last character of BEFORE_INSTRUCTION, which may merge with white space behind it
 PREFIX = BEFORE_INSTRUCTION[:-1]
 TEMPLATE = format_prompt({'instruction': '{instruction}', 'input': '{input}'}) + '{output}'
@@ -194,8 +193,9 @@ def shown(value):
 
 # what people take for rows, by its first bytes; a download that failed is often a web page
 OTHER_FORMATS = {
-    b'PK': 'a zip or Excel file', b'BZh': 'compressed by bzip2', b'\xfd7zXZ': 'compressed by xz',
-    b'(\xb5/\xfd': 'compressed by zstd', b'ARROW1': 'an Arrow file', b'<': 'a web page',
+    b'PK\x03\x04': 'a zip or Excel file', b'BZh': 'compressed by bzip2',
+    b'\xfd7zXZ': 'compressed by xz', b'(\xb5/\xfd': 'compressed by zstd',
+    b'ARROW1': 'an Arrow file', b'<': 'a web page',
     b'\xff\xfe': 'text in UTF-16', b'\xfe\xff': 'text in UTF-16'}
 
 
@@ -210,9 +210,9 @@ def read_values(path):
         yield from read_parquet(path)
         return
     opener = gzip.open if magic.startswith(b'\x1f\x8b') else open
-    # newline: the lines of JSONL may hold other characters at which Python ends a line, and cells line breaks
+    # newline='': line breaks within the cells of a table stay as they are
     with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
-        # not by its first line, which may be the whole file
+        # some characters tell JSON from a table; the first line may be as long as the file
         beginning = file.read(10_000).lstrip()
         file.seek(0)
         is_json = beginning.startswith(('[', '{'))
@@ -226,7 +226,9 @@ def read_table(file):
     quotation marks may hold line breaks. Fault if it is no such table.
     """
     header = next((line for line in file if line.strip()), '')
-    # the one that the header has most of: the cells below it may be full of commas
+    if not header:
+        raise Fault('it is empty')
+    # the delimiter that occurs most in the header: the cells below it may be full of commas
     delimiter = max(',;\t', key=header.count)
     if delimiter not in header and header.strip() not in CONVENTIONS:
         raise Fault(f'it is not JSON, JSONL, CSV or Parquet: it begins with {shown(header)}')
@@ -259,15 +261,11 @@ def read_json_text(file):
             break
         try:
             value, i = DECODER.raw_decode(text, i)
-            yield value
         except json.JSONDecodeError as error:
-            # the text is wrong, or it ends within a value: then the error is at its end, or about its end
+            # an error near the end of the text, or in a string, may only mean that the block ends there. The
+            # next one is as long as what is kept, so that decoding a long value again stays linear in time
             is_cut = error.pos > len(text) - 20 or error.msg.startswith('Unterminated string')
-            block = ''
-            # a block as long as what is kept: so a value that is longer than many blocks is not decoded again
-            # with each of them, and the time stays linear
-            if is_cut:
-                block = file.read(max(1 << 20, len(text) - i))
+            block = file.read(max(1 << 20, len(text) - i)) if is_cut else ''
             if not block and i == len(text) and not is_list:
                 return  # nothing is left
             if not block:
@@ -277,6 +275,8 @@ def read_json_text(file):
             n_before += text.count('\n', 0, i)
             text = text[i:] + block
             i = 0
+        else:
+            yield value
     if text[i + 1:].strip() or file.read().strip():
         raise Fault('there is text after the end of its list')
 
@@ -368,13 +368,15 @@ def unwrap(value, given):
     and outputs to one instruction: {"instruction": "a", "instances": [{"input": "b", "output": "c"}]}. given:
     {ours: theirs} of the setting fields.
     """
-    is_row = not isinstance(value, dict) or given.get('instruction') in value
-    if is_row or not value.keys().isdisjoint(CHATS):
+    if not isinstance(value, dict):
+        return [value]
+    if given.get('instruction') in value or not value.keys().isdisjoint(CHATS):
         return [value]
     lists = [cells for cells in value.values() if isinstance(cells, list) and cells]
     tables = [cells for cells in lists if isinstance(cells[0], dict)]
     if not tables:
-        return rows_of_columns(value) or [value]
+        rows = rows_of_columns(value)
+        return [value] if rows is None else rows
     if len(tables) > 1 or 'output' in value:
         return [value]
     rows = tables[0]
@@ -459,22 +461,22 @@ def first_exchange(chat, needs_output):
     return row
 
 
+def first_name(row, names):
+    """The first name whose cell in the row is not empty, else the first one that the row has, else None."""
+    present = [name for name in names if name in row]
+    return next((name for name in present if row[name]), present[0] if present else None)
+
+
 def find_names(row, given):
     """
     What instruction, input and output are called in this row: as given, or by a convention that it has. Each
-    row has its own, since files of several data sets are often joined, which leaves cells empty: a name with
-    an empty cell is taken only if there is no other.
+    row has its own, since files of several data sets are often joined, which leaves cells empty.
     """
     if given.get('instruction') in row:
         return given['instruction'], given.get('input', 'input'), given['output']
-
-    def first_of(names, default):
-        present = [name for name in names if name in row]
-        return next((name for name in present if row[name]), present[0] if present else default)
-
-    instruction = first_of(CONVENTIONS, 'instruction')
-    output = first_of(CONVENTIONS[instruction], 'output')
-    return instruction, first_of(('input', 'context'), 'input'), output
+    instruction = first_name(row, CONVENTIONS) or 'instruction'
+    output = first_name(row, CONVENTIONS[instruction]) or 'output'
+    return instruction, first_name(row, ('input', 'context')) or 'input', output
 
 
 def to_row(value, given, needs_output=True):
@@ -491,16 +493,19 @@ def to_row(value, given, needs_output=True):
     is_named = given.get('instruction') in row
     if row.get('label') is False and 'completion' in row:
         raise Fault('label is false, so its answer is not to be learned')  # TRL's unpaired preferences
-    # TRL's form of a chat in two parts, of which the second may be missing
-    answer = row.get('completion', [])
-    if isinstance(row.get('prompt'), list) and isinstance(answer, list):
-        row['messages'] = row.pop('prompt') + answer
-        row.pop('completion', None)
-    chat = next((name for name in CHATS if name in row), None)
-    if chat and not is_named:
+    # TRL's form of a chat in two parts, of which the second may be missing, or a text
+    if isinstance(row.get('prompt'), list) and not is_named:
+        answer = row.pop(first_name(row, CONVENTIONS['prompt']), [])
+        if isinstance(answer, str):
+            answer = [{'role': 'assistant', 'content': answer}]
+        row['messages'] = row.pop('prompt') + messages_of(answer)
+    # an empty chat gives way to a row's own instruction
+    chat = first_name(row, CHATS)
+    is_chat = chat and (row[chat] or row.keys().isdisjoint(CONVENTIONS))
+    if is_chat and not is_named:
         row |= first_exchange(row.pop(chat), needs_output)
     names = find_names(row, given)
-    # all are taken before one is put back, since fields may exchange them
+    # fields may swap two names, so all cells are taken before one is put back
     cells = [row.pop(theirs, None) for theirs in names]
     for ours, theirs, cell in zip(FIELDS, names, cells):
         if isinstance(cell, str):
@@ -541,7 +546,8 @@ def parse_fields(fields):
 def read_rows(path, fields='', needs_output=True, skip_faulty=False, left_out=None, seen=None):
     """
     Yields the rows of a file. UserError names the first faulty row of each kind; skip_faulty leaves faulty
-    rows out instead. left_out: a Counter of them by reason. seen: a set that gets the names of the fields.
+    rows out instead. Filled while the rows are read: left_out, a Counter of the faulty ones by reason; seen,
+    the set of the fields' names.
     """
     given = parse_fields(fields)
     left_out = Counter() if left_out is None else left_out
@@ -585,20 +591,38 @@ def find_sources(names):
     A file that is not there is found out when it is read. Raises UserError.
     """
     # a comma separates names, unless it belongs to the name of a file that is there
-    names = [names] if Path(names).is_file() else names.split(',')
+    names = [names] if os.path.isfile(names) else names.split(',')
     paths = {}
     for name in filter(None, map(str.strip, names)):
         if name.startswith(('http://', 'https://')):
             from model import download  # here, as files at hand need no torch
             paths[name] = download([name], Path('data', dataset, f'download-{sha256_of(name)[:8]}'))
             continue
-        found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)) or [name]
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True)) or [name]
         # a script beside it that is called after it writes it: make_demo.py demo.json and demo_heldback.json
-        script = Path(name).with_name(f'make_{Path(name).stem.partition("_")[0]}.py')
-        if not Path(found[0]).exists() and script.exists():
+        script = Path(name).parent / f'make_{Path(name).stem.partition("_")[0]}.py'
+        if not os.path.exists(found[0]) and os.path.exists(script):
             raise UserError(f'there is no {name}; run: python {script}')
         paths |= zip(found, found)
     return paths
+
+
+def sources_of_splits():
+    """
+    {name: path} of the files of all splits, and for each of them the split that its rows are for; '': they
+    are split by the shares. UserError.
+    """
+    sources = {}
+    split_of = []
+    for split, names in ('', source), ('val', val_source), ('test', test_source):
+        found = find_sources(names)
+        if set(map(os.path.realpath, found.values())) & set(map(os.path.realpath, sources.values())):
+            raise UserError(f'{split}_source names a file that another split has: {names}')
+        sources |= found
+        split_of += [split] * len(found)
+    if '' not in split_of:
+        raise UserError('source is empty: name a file, like --source=rows.json')
+    return sources, split_of
 
 
 def normalize(text):
@@ -649,7 +673,7 @@ def encode_sources(sources, part, left_out, seen):
             rows_file.write(text)
             ids_at += 2 * len(ids)
             text_at += len(text)
-            # without the prompt's last id: its target is the answer's first id, which differs from row to row
+            # without the prompt's last id: if rows shared it, it could not have a target of its own in each
             prompt_ids = ids[:answer - 1]
             if shared is None and ids:
                 shared = prompt_ids
@@ -803,8 +827,8 @@ def data_hash(dataset):
 
 def first_targets(meta, loss_on):
     """
-    The absolute offset of each row's first target, for loss_on 'response', 'response+header' or 'all'. Of a
-    whole row the second id is the first target: nothing stands before the first one.
+    The absolute offset of each row's first target, for loss_on 'response', 'response+header' or 'all'. With
+    'all' it is the row's second id, since nothing predicts the first one.
     """
     if loss_on == 'all':
         return meta['start'] + 1
@@ -888,14 +912,15 @@ def check_splits(table, splits, kept):
     n_rows = sum(map(len, splits.values()))
     n_prompts = len(np.unique(table.prompt_key))
     for split, numbers in splits.items():
+        if len(kept[split]):
+            continue
         cause = f'there are {n_rows} rows'
         if len(numbers):
             cause = f'the prompts of its {len(numbers)} rows reach block_size={block_size}'
         elif n_prompts < n_rows / 2:
             cause = f'the {n_rows} rows have {n_prompts} prompts, and rows with one prompt stay together'
-        if not len(kept[split]):
-            raise UserError(f'{split} is left empty: {cause}; take more rows, or another train_share, '
-                            'test_share or block_size')
+        raise UserError(f'{split} is left empty: {cause}; take more rows, or another train_share, '
+                        'test_share or block_size')
 
 
 def describe(table, splits, kept, left_out, source_names):
@@ -971,12 +996,21 @@ def prepare(part, sources, split_of, source_names):
     print(f'{detokenize(ids[:first.answer])}[[{detokenize(ids[first.answer:])}]]')
 
 
+def remove_if_empty(folder):
+    """Remove a data set's folder in which nothing is, but for a lock: what failed leaves nothing behind."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {'.lock'}:
+            shutil.rmtree(folder)
+            folder.parent.rmdir()
+
+
 def check_folder(folder, source_names):
     """UserError if the folder holds a .json of the user's own, or the rows of another source."""
     for path in [folder / f'{split}.json' for split in SPLITS]:
-        about = {'template': '', 'source': source_names}
-        with contextlib.suppress(UserError):  # what is not there, or not whole, may be replaced
+        try:
             about = read_json(path)
+        except UserError:  # what is not there, or not whole, may be replaced
+            continue
         if 'template' not in about:
             raise UserError(f'{path} would be overwritten: set --dataset to another folder')
         if about['source'] != source_names and not overwrite:
@@ -987,27 +1021,18 @@ def check_folder(folder, source_names):
 def main():
     if train_share + test_share > 1:
         raise UserError(f'train_share={train_share} and test_share={test_share} are more than all rows')
-    sources = {}
-    split_of = []  # for each of them the split that its rows are for; '': they are split by the shares
-    for split, names in ('', source), ('val', val_source), ('test', test_source):
-        found = find_sources(names)
-        if set(map(os.path.realpath, found.values())) & set(map(os.path.realpath, sources.values())):
-            raise UserError(f'{split}_source names a file that another split has: {names}')
-        sources |= found
-        split_of += [split] * len(found)
-    if '' not in split_of:
-        raise UserError('source is empty: name a file, like --source=rows.json')
     source_names = ' | '.join(filter(None, [source, val_source, test_source]))
     folder = Path('data', dataset)
     check_folder(folder, source_names)
     lock_folder(folder)
     part = folder / '.part'
     try:
+        sources, split_of = sources_of_splits()
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         prepare(part, sources, split_of, source_names)
-        # the old files go first, and the .json come last: without its .json a split is none, so a kill in
-        # between leaves no split of now beside one of before
+        # the old files are removed first, and the .json are written last. Without its .json a split does not
+        # exist, so that a kill in between cannot mix old and new
         for name in [f'{split}.{ending}' for split in SPLITS for ending in ENDINGS]:
             (folder / name).unlink(missing_ok=True)
         for file in sorted(part.glob('*.*'), key=lambda file: file.suffix == '.json'):
@@ -1018,9 +1043,7 @@ def main():
         raise UserError(f'cannot write {folder}: {error.strerror or error}') from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        with contextlib.suppress(OSError):  # nothing is left of a run that failed, not even empty folders
-            folder.rmdir()
-            folder.parent.rmdir()
+        remove_if_empty(folder)
     print(f'\nwrote data/{dataset}/{{train,val,test}}.{{bin,json}}')
 
 

@@ -8,7 +8,6 @@ Answer the test split with the fine-tuned model and with the one it came from; o
 """
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from config import (
     UserError,
     check_made_of,
     configure,
+    newest,
     read_json,
     read_jsonl,
     sha256_of,
@@ -44,7 +44,7 @@ from tqdm import tqdm
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # what answers where there is no run, or, as a flag, instead of the run
+init_from = 'gpt2-medium'  # what answers where there is no run, or as a flag if it is not the run's base
 adapter = ''  # an adapter.safetensors to put on init_from
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder
@@ -79,11 +79,6 @@ class Loaded(NamedTuple):
     made_of: dict  # the fingerprint of its weights, and for a run what it was made of
 
 
-def newest(paths):
-    """The path that was written last; None of none."""
-    return max(paths, key=os.path.getmtime, default=None)
-
-
 def find_run(config):
     """
     The .json of the newest run in out_dir; None if a flag names another model than the one it came from, or
@@ -116,9 +111,8 @@ def load_run(run):
 
 def load_named(where, cache_dir='', download_from='openai', adapter=''):
     """
-    A model by name or path, and the adapter, merged, if one is named; what was tuned says what rows it
-    learned.
-    Raises ModelError, and UserError if the adapter is of another base.
+    A model by name or path, and the adapter, merged, if one is named. What was tuned says which rows it
+    learned. Raises ModelError, and UserError if the adapter is of another base.
     """
     run = None if where in RELEASED else find_checkpoint(where).with_suffix('.json')
     if run and run.name.endswith('-sft.json') and run.exists() and 'made_of' in read_json(run):
@@ -352,7 +346,11 @@ def main():
         config['dataset'] = read_json(run)['config']['dataset']  # what it was trained on
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
-    writes_test_split = not (prompt or interactive or questions)
+    asked = [name for name in ('prompt', 'interactive', 'questions') if config[name]]
+    if len(asked) > 1 or (input and not prompt):
+        raise UserError('--input goes with --prompt' if input and not prompt else
+                        f'{" and ".join(asked)} do not go together')
+    writes_test_split = not asked
     if world_size > 1 and not writes_test_split:
         raise UserError('several processes share the test split; for all else start one: python sample.py')
     loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from, adapter)

@@ -62,7 +62,7 @@ for cache in 'LRU_CACHE_CAPACITY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY':
 # -----------------------------------------------------------------------------
 # model
 out_dir = 'out'  # the run: its <model>-sft.pth answers
-init_from = 'gpt2-medium'  # what answers where there is no run, or, as a flag, instead of the run
+init_from = 'gpt2-medium'  # what answers where there is no run, or as a flag if it is not the run's base
 before = True  # also serve the model before fine-tuning
 download_from = 'openai'  # whose files of gpt2* are tried first [openai | huggingface]
 cache_dir = ''  # where downloaded weights are kept; empty: gpt2-sft in the user's cache folder

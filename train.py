@@ -28,7 +28,7 @@ from config import (
 )
 from engine import choose_device, generate, join_processes
 from lora import add_lora, gather, merged_state_dict, save_adapter
-from model import GPT, GPTConfig, fingerprint
+from model import GPT, RELEASED, GPTConfig, fingerprint
 from prepare import (
     IGNORE,
     VOCAB_SIZE,
@@ -167,7 +167,7 @@ def read_checkpoint():
         raise UserError(
             f'{out}/ckpt.pt is of another run: {", ".join(differences)}; set them back, or start without '
             '--init_from=resume')
-    for key in set(changed) - {'init_from', 'out_dir'}:
+    for key in sorted(set(changed) - {'init_from', 'out_dir'}):
         print0(f'resumed with another {key}: {was[key]!r} is {now[key]!r} from here on')
     return saved
 
@@ -175,7 +175,8 @@ def read_checkpoint():
 saved = read_checkpoint() if init_from == 'resume' else None
 # the run would overwrite such a base, with which sample.py compares
 origin = saved['config']['init_from'] if saved else init_from
-if not eval_only and Path(origin).exists() and Path(origin).resolve().is_relative_to(out.resolve()):
+is_path = origin not in RELEASED and Path(origin).exists()
+if is_path and not eval_only and Path(origin).resolve().is_relative_to(out.resolve()):
     raise UserError(f'init_from={origin} lies in out_dir={out_dir}, where this run would replace it: '
                     'set --out_dir to another folder')
 if n_embd % n_head:
@@ -308,7 +309,7 @@ grad_norms = []  # of the gradients that a step has applied; of all of them at o
 def update_parameters():
     """AdamW for the parameters that have a gradient. Frees the gradients, adds their norm to grad_norms."""
     scaler.unscale_(optimizer)
-    # row by row, since torch sums a whole matrix in one fp32 number, which is 1e-4 off
+    # row by row: torch sums a whole matrix in one fp32 number, which loses up to two percent of millions
     row_norms = [torch.linalg.vector_norm(p.grad, dim=-1) for p in params if p.grad is not None]
     if not row_norms:
         return
@@ -347,7 +348,7 @@ def restore_optimizer(moments):
         optimizer.state[p] = state
 
 
-# with the weights and the moments this is all that a resumed run needs: random numbers depend on the step
+# what a resumed run needs beside the weights and the moments: random numbers depend on the step alone
 progress = {'step': 0, 'examples_seen': 0, 'best_val_loss': math.inf, 'evals_since_best': 0,
             'val_loss': None, 'last_eval_step': -1}
 if saved:
@@ -685,7 +686,7 @@ for step in range(first_step, total_steps + 1):
             # torch averages over processes, the sum is wanted
             scaler.scale(micro_loss * world_size).backward()
         loss += micro_loss.detach()
-    # tokens that no row has would drift together, since they are never right: they get no gradient
+    # tokens that no row has are wrong in every step, and would drift together: they get no gradient
     if sampled_softmax and model.wte.weight.grad is not None:
         model.wte.weight.grad[vocabulary[~in_some_row[vocabulary]]] = 0.0
     # where blocks were updated in backward, what is left is mainly the embeddings
@@ -693,8 +694,9 @@ for step in range(first_step, total_steps + 1):
 
     # what all processes must agree on: the loss, signals that came in, whether it is time for a checkpoint
     minutes = (time.perf_counter() - last_save_time) / 60
-    loss, was_stopped, save_is_due = sum_over_processes(
-        float(loss), len(stop_signals), minutes > save_minutes)
+    loss, n_signals, n_due = sum_over_processes(float(loss), len(stop_signals), minutes > save_minutes)
+    was_stopped = n_signals > 0
+    save_is_due = n_due > 0
     norm = torch.stack(grad_norms).norm().item()
     # an infinite norm is no fault where the scaler will halve its scale and skip the step
     scale_can_shrink = scaler.is_enabled() and scaler.get_scale() > 1
@@ -713,7 +715,7 @@ for step in range(first_step, total_steps + 1):
         log_line(f'warning: the loss rose from {first_loss:.2f} to {loss:.2f} in the first steps; '
                  'the learning_rate may be too high')
 
-    # log what was optimized: to the file always, to the terminal as a bar, to a log about a hundred lines
+    # log what was optimized: log.jsonl gets every step, a terminal a bar, other outputs about a hundred lines
     now = time.perf_counter()
     seconds = now - step_time
     fields = {'loss': loss, 'lr': lr, 'supervised_tokens': n_targets, 'tokens': n_tokens,

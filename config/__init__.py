@@ -392,6 +392,11 @@ def read_jsonl(path):
     return records
 
 
+def newest(paths):
+    """The path that was written last; None of none."""
+    return max(paths, key=os.path.getmtime, default=None)
+
+
 # -----------------------------------------------------------------------------
 # provenance: what a stage writes names what it was made of, {'weights': a fingerprint, 'data': a hash, ...}
 

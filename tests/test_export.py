@@ -3,6 +3,7 @@ export.py: every format read by something that is not ours, equal to model.py, a
 
 `make test` has the packages that write; `make interop` installs those that read (INTEROP=1: none of them may be missing).
 """
+import contextlib
 import json
 import os
 import random
@@ -314,6 +315,8 @@ def test_peft_files(peft, runs):
     config = json.loads((folder / 'adapter_config.json').read_text())
     state = load_file(folder / 'adapter_model.safetensors')
     assert config['fan_in_fan_out'] and config['r'] == 4 and len(state) == 2 * 2 * 4
+    # the base is a path of this machine, of no use to others, and maybe a private one
+    assert config['base_model_name_or_path'] is None and str(runs) not in json.dumps(config)
     base, merged = (GPT.from_pretrained(runs / run).state_dict() for run in ('full', 'lora/gpt2-2x32-sft.pth'))
     for target in config['target_modules']:
         A, B = (state[f'base_model.model.transformer.h.1.{target}.lora_{part}.weight'] for part in 'AB')
@@ -532,7 +535,7 @@ def test_greedy_ids():
 def test_what_a_type_costs(model, runs, monkeypatch, capsys):
     """A step that computes the same costs nothing; one whose logits are those of other ids costs something."""
     monkeypatch.chdir(runs)
-    monkeypatch.setattr(export, 'dataset', 'tiny')
+    monkeypatch.setitem(export.config, 'dataset', 'tiny')
     monkeypatch.setattr(export, 'max_new_tokens', 8)
     step = graph_step(model)
 
@@ -613,10 +616,10 @@ def test_a_missing_consumer_is_named(again, runs):
 def test_a_test_split_that_cannot_be_answered(model, runs, monkeypatch):
     """It is missing, or has longer rows than the model: that is no fault of the export."""
     monkeypatch.chdir(runs)
-    monkeypatch.setattr(export, 'dataset', 'absent')
+    monkeypatch.setitem(export.config, 'dataset', 'absent')
     with pytest.raises(UserError, match='absent'):
         export.compare_lossy(model, {'exported': graph_step(model)})
-    monkeypatch.setattr(export, 'dataset', 'tiny')
+    monkeypatch.setitem(export.config, 'dataset', 'tiny')
     short = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=32, block_size=32))
     with pytest.raises(UserError, match='has a test row of .* tokens, the model 32 positions'):
         export.compare_lossy(short, {'exported': graph_step(short)})
@@ -685,6 +688,25 @@ def test_a_wrong_export_is_found(again, runs, error):
     assert f'largest difference of logits {"nan" if "nan" in error else "1.0e-03"}' in process.stdout
     assert sorted(path.name for path in (again / 'export').iterdir()) == ['huggingface', 'huggingface.failed']
     assert (again / 'export/huggingface/before').exists()
+
+
+@pytest.mark.parametrize('scale, is_right', [(1.0, False), (40.0, True)])
+def test_what_may_differ_grows_with_the_logits(monkeypatch, tmp_path, scale, is_right):
+    """The same error, 3e-4, is a fault where the largest logit is 1, and rounding where it is 40 and more."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.arange(6)[None]
+    logits = scale * torch.rand(1, 6, 8, generator=draw).round(decimals=3) + 3 * scale * torch.nn.functional.one_hot((ids + 1) % 8, 8)
+    expected = [(ids[:, :3], ids[:, 3:], logits)]
+
+    def step(new_ids, past):
+        there = past or 0
+        found = logits[:, there:there + new_ids.size(1)].clone()
+        found[0, 0, 0] += 3e-4
+        return found, there + new_ids.size(1)
+
+    monkeypatch.setitem(export.FORMATS, 'torchscript', (None, lambda folder, base: {'a program': step}, ()))
+    with contextlib.nullcontext() if is_right else pytest.raises(ValueError, match='may differ by 1.*e-04'):
+        export.verify('torchscript', tmp_path, None, '', expected)
 
 
 # --- with the programs that read: make interop

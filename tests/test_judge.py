@@ -769,6 +769,11 @@ def test_one_listed_model_is_the_one(judge, server, flags):
     said = judge(*flags, f'--judge_url={server.url}', '--seed=5', code=2)[0].stderr
     assert 'has no model' in said
     assert '--judge_model to one of: some-model-7b, another' in said
+    # if it is off, the replies that are kept tell which model it was
+    server.shutdown()
+    server.server_close()
+    off, scores = judge(*flags, f'--judge_url={server.url}')
+    assert 'the replies that are kept are used' in off.stdout and scores['judge']['model'] == 'some-model-7b'
 
 
 def test_what_to_type_when_the_server_or_the_model_is_missing(judge, server, tmp_path):

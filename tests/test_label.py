@@ -24,6 +24,7 @@ def trained(prepared, tmp_path_factory):
     rows = [{'instruction': row['instruction'], 'input': row.get('input') or '', 'id': n} for n, row in enumerate(ROWS[:N_ROWS])]
     for row, source in zip(rows[:8], ROWS):
         row['output'] = source['output']
+    rows[9]['reference'] = ['of the file, as in MT-bench', 'and no output']
     (folder / 'ask.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return folder
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
@@ -621,15 +622,23 @@ def chapter_7_state(n_layer, width, n_tokens=50, n_positions=32):
     return state | {'out_head.weight': state['tok_emb.weight'].clone()}
 
 
-@pytest.mark.parametrize('wrapped', [False, True])
+@pytest.mark.parametrize('wrapped, qkv_bias', [(False, True), (True, True), (False, False)])
 @torch.no_grad()
-def test_chapter_7s_models_load(tmp_path, wrapped):
-    """gpt2-small124M-sft.pth holds the state dict alone; with the optimizer beside it, it is called model_state_dict."""
+def test_chapter_7s_models_load(tmp_path, wrapped, qkv_bias):
+    """
+    gpt2-small124M-sft.pth holds the state dict alone; with the optimizer beside it, it is called model_state_dict. A model that chapter 5
+    trains from scratch has no biases of queries, keys and values (qkv_bias=False).
+    """
     state = chapter_7_state(2, 768)
+    if not qkv_bias:
+        state = {name: tensor for name, tensor in state.items() if not re.search('W_.*bias', name)}
     path = tmp_path / 'gpt2-small124M-sft.pth'
     torch.save({'model_state_dict': state, 'optimizer_state_dict': {'state': {}}} if wrapped else state, path)
     model = GPT.from_pretrained(path).eval()
     assert model.config == GPTConfig(32, 50, 2, 12, 768)
+    if not qkv_bias:  # a bias that one block alone lacks is a fault, though
+        torch.save({name: tensor for name, tensor in state.items() if name != 'trf_blocks.1.ff.layers.2.bias'}, tmp_path / 'faulty.pth')
+        assert 'Missing key(s) in state_dict: "h.1.mlp.c_proj.bias"' in fault_of(tmp_path / 'faulty.pth')
     names = {'query': 'att.W_query', 'key': 'att.W_key', 'value': 'att.W_value', 'proj': 'att.out_proj', 'up': 'ff.layers.0', 'down': 'ff.layers.2'}
     others = {'tokens': ('tok_emb.weight', ''), 'positions': ('pos_emb.weight', ''), 'head': ('out_head.weight', ''),
               'final': ('final_norm.scale', 'final_norm.shift')}

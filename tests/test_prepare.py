@@ -5,11 +5,13 @@ import os
 import random
 import re
 import shutil
+import threading
 import tracemalloc
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import prepare
-from config import UserError
+from config import UserError, sha256_of
 from prepare import (
     EOS,
     SPLITS,
@@ -344,6 +346,61 @@ def test_a_name_that_looks_like_a_pattern_is_a_file_first(run, tmp_path):
     write(tmp_path / 'rows[1].json', PLAIN[:30])
     write(tmp_path / 'rows1.json', PLAIN[:40])
     assert sum(figures(run('prepare.py', '--source=rows[1].json', '--dataset=x').stdout, 'rows')) == 30
+
+
+@pytest.fixture
+def website():
+    """A server with .files {path: bytes}, and .asked, the paths that were asked for; .url."""
+    class Handler(BaseHTTPRequestHandler):
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            website.asked.append(self.path)
+            body = website.files.get(self.path, b'')
+            self.send_response(200 if body else 404)
+            self.send_header('Content-Length', len(body))
+            self.end_headers()
+            self.wfile.write(body)
+
+    website = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    website.files = {}
+    website.asked = []
+    website.url = f'http://127.0.0.1:{website.server_port}'
+    thread = threading.Thread(target=website.serve_forever, args=(0.01,))
+    thread.start()
+    yield website
+    website.shutdown()
+    website.server_close()
+    thread.join()
+
+
+def test_a_source_on_the_web(run, tmp_path, website):
+    """It is downloaded once, and read like a file of its content, whatever its address is called."""
+    website.files['/rows?raw=1'] = b'instruction,output\n' + b''.join(b'What is %d?,%d\n' % (i, i) for i in range(60))
+    for _ in range(2):
+        run('prepare.py', f'--source={website.url}/rows?raw=1', '--dataset=web', '--block_size=128')
+        assert website.asked == ['/rows?raw=1']
+    assert json.loads((tmp_path / 'data/web/train.json').read_text())['source'] == f'{website.url}/rows?raw=1'
+
+
+def test_a_source_on_the_web_that_is_broken(run, tmp_path, website):
+    """The line names the file that stays, since its address may send the right one tomorrow."""
+    website.files['/rows.json'] = b'[{"instruction": "Say so.", "output"'
+    flags = 'prepare.py', f'--source={website.url}/rows.json', '--dataset=web'
+    process = run(*flags, code=2)
+    file, = (tmp_path / 'data/web').glob('download-*')
+    assert f'cannot read data/web/{file.name}: ' in process.stderr and process.stderr.endswith('; remove it to download it again\n')
+    file.unlink()
+    website.files['/rows.json'] = json.dumps(ROWS).encode()
+    run(*flags, '--block_size=128')
+
+
+def test_a_source_that_the_web_does_not_have(run, tmp_path, website):
+    process = run('prepare.py', f'--source={website.url}/rows.json', '--dataset=web', code=2)
+    assert f'cannot download download-{sha256_of(website.url + "/rows.json")[:8]}: {website.url}/rows.json: 404' in process.stderr
+    assert not (tmp_path / 'data').exists()
 
 
 def test_several_sources(run, tmp_path):

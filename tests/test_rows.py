@@ -358,8 +358,38 @@ def test_several_inputs_and_outputs_to_one_instruction(read):
     assert len(read([ROW | {'links': [{'output': 1}, {'output': 2}]}])) == 1
 
 
-def test_a_list_of_messages_as_prompt_and_a_text_as_completion_are_told(read):
-    assert "row 0: prompt is not a text: [{'role'" in read.error([{'prompt': [USER], 'completion': 'It.'}])
+@pytest.mark.parametrize('name', ['completion', 'answer', 'output', 'response'])
+def test_a_list_of_messages_as_prompt_and_a_text_as_answer(read, name):
+    row, = read([{'prompt': [USER], name: 'It.'}])
+    assert (row['instruction'], row['output']) == (USER['content'], 'It.')
+    assert 'its chat is not a list of messages: 7' in read.error([{'prompt': [USER], name: 7}])
+    assert 'is not answered' in read.error([{'prompt': [USER]}])
+
+
+def test_an_empty_chat_gives_way_to_an_instruction(read):
+    """As other empty cells do, where tables of several data sets were joined."""
+    for name in 'messages', 'conversations':
+        row, = read([ROW | {'output': 'It.', name: []}])
+        assert (row['instruction'], row['output']) == (ROW['instruction'], 'It.')
+        assert 'its chat has no message of the user' in read.error([{name: []}])
+    # of two chats the one that holds something
+    row, = read([{'messages': [], 'conversations': [USER, {'role': 'assistant', 'content': 'It.'}]}])
+    assert row['output'] == 'It.'
+
+
+def test_the_names_of_many_files_are_no_name_of_one(run, tmp_path):
+    """Such a text is longer than any file's name may be; nor has a folder a name to look for a script by."""
+    names = [f'part-{i:05}-of-00030.jsonl' for i in range(30)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_text(json.dumps({'instruction': f'Say {i}.', 'output': str(i)}))
+    run('prepare.py', '--source=' + ','.join(names), '--dataset=d')
+    assert len(json.loads((tmp_path / 'data/d/train.json').read_text())['sources']) == 30
+    for name in '.', '/':
+        assert f'cannot read {name}: [Errno 21]' in run('prepare.py', f'--source={name}', '--dataset=e', code=2).stderr
+
+
+def test_a_column_called_like_a_zip_file(read):
+    assert read('PK,instruction,output\n1,Say it.,It.\n', 'rows.csv') == [{'PK': '1', 'instruction': 'Say it.', 'output': 'It.'}]
 
 
 def test_json_lines_end_at_line_feeds_alone(read):
@@ -423,8 +453,10 @@ def test_texts_of_json_in_lists_and_objects_of_a_parquet_are_read(read, tmp_path
 
 
 @pytest.mark.parametrize('content, said', [
-    ('', "it is not JSON, JSONL, CSV or Parquet: it begins with ''"),
+    ('', 'it is empty'),
+    ('\n \n', 'it is empty'),
     ('[]', 'has no rows'),
+    ('[{"data": []}]', 'has no rows'),
     ('text\nabc\n', "it begins with 'text"),
     ('[{"instruction": "a", "output": "b"', 'it is not JSON, or not whole'),
     ('[{"instruction": "a", "output": "b"}, {"instruction": "a", "outp', 'it is not JSON, or not whole'),
@@ -495,7 +527,6 @@ def test_a_bad_file_is_read_as_far_as_its_fault(form, fault):
 
 @pytest.mark.parametrize('row, said', [
     (1, 'row 0: it is int, not an object: 1'),
-    ({'data': []}, 'row 0: instruction is missing: say which of data it is'),
     ({'q': 'a', 'a': 'b'}, 'row 0: instruction is missing: say which of q, a it is, --fields=instruction:...,output:...'),
     ({'question': 'a', 'reply': 'b'}, 'row 0: output is missing: say which of question, reply it is'),
     ({'instruction': 'a'}, 'row 0: output is missing'),

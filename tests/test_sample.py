@@ -274,6 +274,16 @@ def test_a_file_that_holds_no_questions_is_told(sample, tmp_path, line):
     assert 'it is empty' in sample.shown.stderr
 
 
+@pytest.mark.parametrize('flags, said', [
+    (['--input=The cat.'], '--input goes with --prompt'),
+    (['--prompt=Say it.', '--interactive=True'], 'prompt and interactive do not go together'),
+    (['--prompt=Say it.', '--questions=questions.jsonl'], 'prompt and questions do not go together'),
+])
+def test_a_flag_that_would_not_be_heeded_is_told(sample, tmp_path, flags, said):
+    sample(*flags, code=2)
+    assert said in sample.shown.stderr and not list((tmp_path / 'a').glob('*response*'))
+
+
 def test_several_processes_answer_the_test_split_alone(sample):
     sample('--prompt=Say it.', code=2, processes=2)
     assert 'several processes share the test split' in sample.shown.stderr
