@@ -537,8 +537,9 @@ def find_server(kept):
     except UserError as error:
         # kind, model, version and digest of the server that gave each of them
         servers = [record['server'] for record in kept.values()]
-        is_unknown = is_any and not server.is_there  # which model the server would have
-        fitting = [asked for asked in servers if asked[0] == judge and (is_unknown or asked[1] == judge_model)]
+        # which model 'any' would be, nobody can tell while the server is off
+        wanted = [judge] if is_any and not server.is_there else [judge, judge_model]
+        fitting = [asked for asked in servers if asked[:len(wanted)] == wanted]
         if not fitting:
             raise
         _, server.model, server.version, server.digest = fitting[-1]

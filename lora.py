@@ -21,6 +21,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+ALL_MATRICES = ','.join(MATRICES)
+
 
 class LoRA(nn.Module):
     """y = base(x) + alpha / rank * B A dropout(x). The base is frozen; B is zero at first, so y = base(x)."""
@@ -49,7 +51,7 @@ class LoRA(nn.Module):
         return torch.addmm(weight, gather(self.B), gather(self.A), alpha=self.scale)
 
 
-def add_lora(model, rank, alpha, dropout=0.0, targets=','.join(MATRICES), quantize='none'):
+def add_lora(model, rank, alpha, dropout=0.0, targets=ALL_MATRICES, quantize='none'):
     """
     Freeze the model and give the matrices that `targets` names trainable A and B. quantize='nf4' keeps all
     matrices of the blocks in 4 bits. Raises UserError.
