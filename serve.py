@@ -104,8 +104,10 @@ CARD = re.compile(rf'(?<!\w)(?<![0-9][.,])[0-9]{{4,19}}(?:(?:{SPACE}|[.-])[0-9]{
                   rf'(?:(?:{SPACE}|[.-])[0-9]{{1,3}})?(?![A-Za-z0-9])')
 BRAND = re.compile('4.{12}|4.{15}|3[47].{13}|3[0689].{12}|(?:2[2-7]|35|5.|6.).{14}')  # without rare lengths
 # numbers that a clear form tells: +49 30 1234567, (555) 123-4567, 020 7946 0123, 555-123-4567
+DIGIT = rf'(?:(?:{SPACE}|[./-]){{0,2}}\(?[0-9]\)?)'
 PHONE = re.compile(rf"""(?<![\w.(+/-])(?:
-    (?:\+|(?<![0-9]\ )00(?=[^A-Za-z]{{10}}))[1-9](?:(?:{SPACE}|[./-]){{0,2}}\(?[0-9]\)?){{7,14}}
+    \+[1-9]{DIGIT}{{7,14}}
+    | (?<![0-9]\ )00[1-9]{DIGIT}{{8,14}}
     | \([2-9][0-9]{{2}}\){SPACE}?[0-9]{{3}}[ .-]?[0-9]{{4}}
     | \(0[0-9]{{1,5}}\)[ ./-]?[0-9]{{2,8}}(?:[ .-][0-9]{{2,8}}){{0,3}}
     | (?<![0-9]\ )0[1-9][0-9]{{0,4}}(?:(?:{SPACE}|[./-])[0-9]{{2,8}}){{1,4}}(?!\ [0-9]{{1,2}}\b)
@@ -212,7 +214,7 @@ def mask(text, found=None):
 
 # what may still become a match at the end of a text: the last word; if it begins like a number, also what of
 # one may stand before it (read backwards). And an IBAN, which may hold words
-LAST = re.compile(r'\s*(?:\S*[0-9()+./-](?=\s|$)[0-9()+./\u00a0\u202f -]*)?\S*')
+LAST = re.compile(r'\s*(?:\S*[0-9()+./-](?=\s|$)[0-9()+./\u00a0\u202f -]*)*\S*')
 IBAN_BEGUN = re.compile(
     rf'(?<![A-Za-z0-9])[A-Za-z]{{2}}[0-9]{{2}}(?:(?:{SPACE}|-)?[A-Za-z0-9]){{0,29}}{SPACE}?$')
 
@@ -493,6 +495,7 @@ class GenerateRequest(BaseModel):
     prompt: str | list[str] | list[int] | list[list[int]] = ''
     input: str = ''  # of the instruction; an extra of ours, as top_k is in OpenAI's dialect
     system: str = ''
+    images: list = []
     raw: bool = False
     echo: bool = False
     stream: bool | None = None
@@ -603,17 +606,29 @@ def template_prompt(asked, headers, masked):
         headers['X-Messages-Left-Out'] = str(len(turns))
     if asked.input:
         context.append(asked.input)
-    row = {'instruction': mask('\n\n'.join(question), masked), 'input': mask('\n\n'.join(context), masked)}
+    row = {'instruction': '\n\n'.join(question), 'input': '\n\n'.join(context)}
     if not row['instruction'].strip():
         raise HTTPException(400, 'there is no instruction')
-    return encode_prompt(row)
+    check_length(encode_prompt(row), asked)
+    return encode_prompt({name: mask(text, masked) for name, text in row.items()})
 
 
-def raw_prompt(prompt, masked):
+def check_length(ids, asked):
+    """
+    HTTPException: a prompt leaves no room. It is asked before the text is masked, which takes a long one so
+    much time that the answers of others would stand still.
+    """
+    most = served[asked.model].model.config.block_size - 1
+    if len(ids) > most:
+        raise HTTPException(400, f'the prompt has {len(ids)} tokens; it may have 1 to {most}')
+
+
+def raw_prompt(prompt, asked, masked):
     """The ids of a text, or ids, that are to be continued. HTTPException: there is nothing in it."""
     ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else prompt
     if not all(0 <= id < VOCAB_SIZE for id in ids):
         raise HTTPException(400, f'the ids of a prompt must be from 0 to {VOCAB_SIZE - 1}')
+    check_length(ids, asked)
     text = detokenize(ids)
     if not text.strip():
         raise HTTPException(400, 'there is no instruction: the prompt is empty')
@@ -625,12 +640,14 @@ def raw_prompt(prompt, masked):
 def read_prompts(asked, is_raw, headers):
     """The prompts of a request, as lists of ids. headers tell which kinds of text were masked."""
     masked = set()
+    if asked.images:
+        raise HTTPException(400, 'this model sees no images')
     if is_raw:
         # a text, ids, or a list of either
         prompts = asked.prompt
         if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
             prompts = [prompts]
-        prompts = [raw_prompt(prompt, masked) for prompt in prompts]
+        prompts = [raw_prompt(prompt, asked, masked) for prompt in prompts]
     else:
         prompts = [template_prompt(asked, headers, masked)]
     if masked:
@@ -656,6 +673,8 @@ def enqueue(asked, prompts, is_raw):
     for answer in answers:
         if answer.wants_none and not answer.scores_prompt:
             answer.ended = 'length'
+            # of a prompt of one token there is nothing to compute
+            answer.tokens = [(len(answer.echo), record) for record in answer.prompt_tokens]
         else:
             engine.add(answer)
     engine.changed.set()
@@ -714,14 +733,14 @@ async def check_access(request: Request):
         if not has_key and request.scope['path'] not in ('/', '/health'):
             raise HTTPException(401, 'the API key is missing or wrong', {'WWW-Authenticate': 'Bearer'})
         return
-    host = headers.get('host', '')
-    if not without_key and re.sub(r':[0-9]+$', '', host) not in LOOPBACK:
+    host = headers.get('host', '').lower()
+    if not without_key and re.sub(r'\.?(:[0-9]+)?$', '', host) not in LOOPBACK:
         # against DNS rebinding
         raise HTTPException(403, 'a host other than localhost needs an API key')
     # a browser says where a page is from. Behind a proxy our own page seems to be foreign, too, but no other
     # page may send this header
     origin = headers.get('origin')
-    is_foreign = bool(origin) and origin.partition('://')[2] != host
+    is_foreign = bool(origin) and origin.partition('://')[2].lower() != host
     if is_foreign and request.method == 'POST' and 'x-requested-with' not in headers:
         raise HTTPException(403, 'pages of another origin are not allowed')
 
@@ -1045,11 +1064,8 @@ def load_models():
         served[name] = ServingEngine(model.model, 1e9 * cache_gb / len(loaded), about, examples)
 
 
-async def serve(listener):
+async def serve(server, listener):
     """Serve and compute. SIGTERM and Ctrl-C: no new connections, those who wait are answered, exit code 0."""
-    server = uvicorn.Server(uvicorn.Config(
-        app, http=TimedProtocol, ws='none', log_level='warning', access_log=False, lifespan='off',
-        timeout_graceful_shutdown=request_timeout))
     # if the task of an engine dies, the server ends, too
     async with asyncio.TaskGroup() as tasks:
         computing = [tasks.create_task(compute(engine)) for engine in served.values()]
@@ -1063,11 +1079,19 @@ def main():
     # an address that is taken is told before models are loaded
     listener = listen()
     thread.submit(load_models).result()
+    server = uvicorn.Server(uvicorn.Config(
+        app, http=TimedProtocol, ws='none', log_level='warning', access_log=False, lifespan='off',
+        timeout_graceful_shutdown=request_timeout))
+
+    def stop(number, frame):
+        server.should_exit = True
+
+    # uvicorn's own handlers take their place while it serves, and raise the signals again at its end
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, signal.SIG_IGN)  # uvicorn handles them, and raises them again at the end
+        signal.signal(number, stop)
     name = f'[{host}]' if ':' in host else host
     print(f'{", ".join(served)}: http://{name}:{listener.getsockname()[1]}', flush=True)
-    asyncio.run(serve(listener))
+    asyncio.run(serve(server, listener))
 
 
 if __name__ == '__main__':

@@ -368,6 +368,12 @@ def test_the_log_probabilities_of_prompts(url, more):
             assert choice['text'] == get_tokenizer().decode(prompt)
 
 
+def test_a_prompt_of_one_token_has_no_probability(url):
+    choice, = completions(url, 'Count', echo=True, logprobs=1, max_tokens=0).json()['choices']
+    told = choice['logprobs']
+    assert (choice['text'], told['tokens'], told['token_logprobs'], told['text_offset']) == ('Count', ['Count'], [None], [0])
+
+
 def test_tokens_that_are_parts_of_characters(url):
     """Written as OpenAI writes them, so that no two alternatives have one name; offsets count whole characters."""
     prompt = 'a 🎉é b'
@@ -404,6 +410,7 @@ def test_rows_without_an_input_are_examples_too(monkeypatch):
     (CHAT, '["ab", "cd"]', 400, 'not a complete JSON object'),
     ('/api/chat', {'options': [[1, 2]]}, 400, 'not a complete JSON object'),
     ('/api/chat', {'messages': [{'role': 'user', 'content': 'x', 'images': ['aGk=']}]}, 400, 'images'),
+    ('/api/generate', {'prompt': 'x', 'images': ['aGk=']}, 400, 'images'),
     (CHAT, 'x' * 1_000_000, 413, '100,000 bytes'),
     (CHAT, {'messages': []}, 400, 'no instruction'),
     (CHAT, {'messages': [{'role': 'assistant', 'content': 'x'}]}, 400, 'last message must have the role user'),
@@ -436,7 +443,10 @@ def test_odd_text_is_answered(url):
 
 
 def test_ordinary_http_is_understood(url):
-    """Bodies in chunks, HEAD, Ollama's tag in a model's path; a seed below 0 draws anew."""
+    """Bodies in chunks, HEAD, a host in capitals, Ollama's tag in a model's path; a seed below 0 draws anew."""
+    for host in 'LOCALHOST', 'localhost.:80', '127.0.0.1:8000':
+        assert requests.get(url + '/v1/models', headers={'Host': host}).ok
+    assert requests.get(url + '/v1/models', headers={'Host': 'localhost.example'}).status_code == 403
     body = json.dumps({'messages': [{'role': 'user', 'content': 'Hi.'}], 'max_tokens': 1}).encode()
     assert requests.post(url + CHAT, data=iter([body[:9], body[9:]])).ok
     assert requests.post(url + CHAT, data=iter([b'x' * 60_000] * 3)).status_code == 413
@@ -460,12 +470,29 @@ def test_a_stream_shows_no_more_than_the_whole(monkeypatch):
     texts = cases + ['\n'.join(draw.sample(cases, 2)) for _ in range(40)] + [' '.join(draw.sample(cases, 2)) for _ in range(40)] + [
         'MT84 MALT 0110 0001 2345 MTLC AST0 01S is hers', 'Call (030) 123 4567 or +49 (0) 30 1234567.', 'a@b.org', '4111 1111 1111 1111',
         'pay de89 3704 0044 0532 0130 00 and de89 3704 0044', 'xde89 1 4111 1111 1111 1111 12/27 5']
+    # numbers with all that may stand between them
+    numbers = ['4111 1111 1111 1111', '+49 30 1234567', '020 7946 0123', '(555) 123-4567', '0049 30 1234567', '0012345679', '1 000 000', '24', '12/27',
+               'a@b.org', 'DE89 3704 0044 0532 0130 00', 'my number is', 'Then we go', '(Visa)', '’s', '**', '"', '1234']
+    for _ in range(400):
+        parts = [draw.choice(numbers) + draw.choice(['', ' ', ', ', '. ', ' - ', '; ', '! ', '** -', '" ', ', (']) for _ in range(draw.randint(1, 6))]
+        texts.append(''.join(parts))
     for chain in (['pii', 'profanity'], ['pii']):
         monkeypatch.setattr(serve, 'chain', chain)
         for text in texts:
             whole = serve.mask(text)
             for size in range(len(text)):
                 assert whole.startswith(serve.mask(text[:serve.final_size(text[:size])])), text[:size]
+
+
+def test_a_prompt_that_has_no_room_is_refused_before_it_is_masked(monkeypatch):
+    """The filters take seconds for the longest that a request may hold, in which nobody's answer would go on."""
+    monkeypatch.setattr(serve, 'served', {'tiny': SimpleNamespace(model=random_model())})
+    monkeypatch.setattr(serve, 'mask', lambda text, found=None: pytest.fail('it was masked'))
+    asked = serve.GenerateRequest(model='tiny', messages=[{'role': 'user', 'content': 'DE89 ' * 19_000}])
+    for call in lambda: serve.template_prompt(asked, {}, set()), lambda: serve.raw_prompt('1 ' * 48_000, asked, set()):
+        with pytest.raises(serve.HTTPException) as error:
+            call()
+        assert 'tokens; it may have 1 to 1023' in error.value.detail
 
 
 def test_a_stream_with_a_stop_sequence_shows_no_more_either(monkeypatch):
@@ -838,6 +865,14 @@ def test_sigterm_lets_answers_end(run_folder):
         assert process.wait(timeout=20) == 0
         with pytest.raises(requests.ConnectionError):
             requests.get(url + '/health')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_line_that_tells_the_address_is_heard(run_folder, number):
+    """uvicorn takes signals over a moment later."""
+    with serving(run_folder, '--before=False') as (_, process):
+        os.kill(process.pid, number)
+        assert process.wait(timeout=10) == 0
 
 
 def test_no_prompt_is_logged(server):
