@@ -571,14 +571,17 @@ if rank == 0 and not eval_only:
         board = wandb.init(project='gpt2-sft', name=out.name, dir=out, config=dict(config))
 
 # Ctrl-C, a scheduler's SIGTERM or a lost terminal ends the run after the current step, saved; a second one
-# ends it at once
-stop_signals = []
+# ends it at once. One that comes within moments is the same: programs like timeout pass on what came to all
+stop_signals = {}  # name: when it came
 
 
 def request_stop(number, frame):
-    """The first signal: remember it, and give the next one its usual effect."""
-    stop_signals.append(signal.Signals(number).name)
-    signal.signal(number, signal.SIG_DFL)
+    """Remember the first signal, and give a later one its usual effect."""
+    now = time.monotonic()
+    if now > min(stop_signals.values(), default=now) + 0.05:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    stop_signals.setdefault(signal.Signals(number).name, now)
 
 
 for signal_name in 'SIGINT', 'SIGTERM', 'SIGHUP':

@@ -10,6 +10,7 @@ of the stage that runs. A rule in brackets at the end of a setting's comment is 
 [0 .. 1] or [one | another].
 """
 import ast
+import contextlib
 import difflib
 import errno
 import glob
@@ -115,7 +116,7 @@ def check_type(key, value, settings, where):
     kind = type(value) if default is None else type(default)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind or kind is int and abs(value) >= 2**63:
         raise UserError(f'{where}: {key} takes {kind.__name__}, like {default!r}, not {value!r}')
     # a shell leaves the ~ of --source=~/rows.json as it is
     return os.path.expanduser(value) if kind is str and value.startswith('~/') else value
@@ -155,7 +156,7 @@ def read_config_file(path, settings):
     if Path(path).suffix != '.py':
         raise UserError(f'{path} is not a config file, which ends in .py; rows are named by --source={path}')
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        text = Path(path).read_text(encoding='utf-8-sig')
         exec(compile(text, path, 'exec'), found)
     except Exception as error:  # whatever its code may raise
         raise UserError(f'config file {path}: {error}') from error
@@ -209,6 +210,7 @@ def configure(stage):
     sys.excepthook = print_in_one_line
     if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has no such method
         sys.stdout.reconfigure(errors='backslashreplace')  # for text that the terminal cannot show
+        sys.stdout = Output(sys.stdout)
     if wants_help():
         show_help(path, settings)
         sys.exit(0)
@@ -218,6 +220,8 @@ def configure(stage):
     files = set()
     settings_of_files = settings_of_all_stages() | settings
     for argument in sys.argv[1:]:
+        if argument.startswith('-') and not argument.startswith('--'):
+            raise UserError(f'{argument}: flags are written --key=value')
         if argument.startswith('--'):
             key, value = read_flag(argument, settings)
             flags.add(key)
@@ -244,6 +248,36 @@ def configure(stage):
 # -----------------------------------------------------------------------------
 # errors
 
+class Output:
+    """
+    Standard output whose reader may go away: at Ctrl-C `tee` ends with the stage, and a terminal may be lost.
+    What is printed from then on is dropped, so that the stage can still save its work.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.dropping():
+            self.stream.write(text)
+
+    def flush(self):
+        with self.dropping():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def dropping(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def wants_help():
     """Whether the command line asks for help, which is given even where packages are missing."""
     return '-h' in sys.argv[1:] or '--help' in sys.argv[1:]
@@ -268,8 +302,10 @@ def message_of(kind, error):
         return f'{error}: {install_command(error.name.partition(".")[0])}', 2
     if issubclass(kind, KeyboardInterrupt):
         return 'interrupted', 130
-    if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f'cannot write {error.filename or "a file"}: {error.strerror}', 2
+    if issubclass(kind, OSError) and error.filename:  # no permission, no folder
+        return f'cannot use {error.filename}: {error.strerror}', 2
     # torch raises an OutOfMemoryError on a GPU, and a RuntimeError of its allocator on a CPU
     is_torchs = kind.__name__ == 'OutOfMemoryError' or 'DefaultCPUAllocator' in str(error)
     if is_torchs or issubclass(kind, MemoryError):
@@ -350,7 +386,8 @@ def atomic_write(path, write, mode='w'):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a system that is read-only refuses this, too
+            temporary.unlink(missing_ok=True)
         # torch.save raises a RuntimeError of its own while it handles the system's error, which says more
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, 'strerror', None) or str(cause).partition('\n')[0]

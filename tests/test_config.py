@@ -200,6 +200,8 @@ def error_of(kind, *arguments, **attributes):
     (MemoryError(), 'out of memory; lower batch_size', 2),
     (RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory'), 'out of memory; lower batch_size', 2),
     (OSError(errno.ENOSPC, 'No space left on device', 'out/log.jsonl'), 'cannot write out/log.jsonl: No space left on device', 2),
+    (OSError(errno.EDQUOT, 'Disk quota exceeded'), 'cannot write a file: Disk quota exceeded', 2),
+    (NotADirectoryError(errno.ENOTDIR, 'Not a directory', 'README.md/x'), 'cannot use README.md/x: Not a directory', 2),
     (error_of(ModuleNotFoundError, "No module named 'torch'", name='torch'), 'pip install -r requirements.txt', 2),
     (error_of(ModuleNotFoundError, "No module named 'odd_name'", name='odd_name.part'), 'pip install odd-name', 2),
 ])

@@ -388,6 +388,34 @@ def test_what_is_missing_ends_a_run_before_an_earlier_one_is_moved(train, begun)
     assert (begun / 'ckpt.pt').exists() and not list(begun.glob('replaced-*'))
 
 
+def test_a_signal_that_is_passed_on_is_no_second_one(train, tmp_path):
+    """At Ctrl-C the program timeout sends its child the signal that the terminal has sent to both."""
+    process = train.start('--max_steps=99', out='b')
+    wait_for(process, '\nstep 3/')
+    os.kill(process.pid, signal.SIGINT)
+    process.signal_when(lambda: True, signal.SIGINT)
+    assert process.returncode == 0 and 'a signal came (SIGINT)' in process.output()[0]
+    assert checkpoint(tmp_path / 'b')['progress']['step'] >= 3
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, None])
+def test_a_run_whose_output_nobody_reads_any_more_is_saved(tmp_path, prepared, number):
+    """At Ctrl-C `python train.py ... 2>&1 | tee log` loses tee first; `| head` goes away alone."""
+    shutil.copytree(prepared / 'data', tmp_path / 'data')
+    command = [sys.executable, ROOT / 'train.py', *FLAGS, '--max_steps=30', '--out_dir=b', '--save_interval=1000']
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('step 3/'):
+                break
+        process.stdout.close()
+        if number:
+            process.send_signal(number)
+        assert process.wait(timeout=60) == 0
+    step = checkpoint(tmp_path / 'b')['progress']['step']
+    assert 3 <= step < 30 if number else step == 30
+    assert about(tmp_path / 'b')['step'] == step
+
+
 def test_a_second_signal_ends_at_once(train):
     wait = 'import engine, time; engine.generate = lambda *args, **kwargs: print("waiting", flush=True) or time.sleep(60)'
     process = train.start('--epochs=2', '--sample_every_epoch=True', first=wait)
