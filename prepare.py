@@ -22,6 +22,7 @@ import random
 import re
 import shutil
 import sys
+import unicodedata
 import zlib
 from array import array
 from collections import Counter
@@ -195,7 +196,8 @@ def shown(value):
 OTHER_FORMATS = {
     b'PK\x03\x04': 'a zip or Excel file', b'BZh': 'compressed by bzip2',
     b'\xfd7zXZ': 'compressed by xz', b'(\xb5/\xfd': 'compressed by zstd',
-    b'ARROW1': 'an Arrow file', b'<': 'a web page',
+    b'ARROW1': 'an Arrow file', b'\xff\xff\xff\xff': 'an Arrow file', b'\xd0\xcf\x11\xe0': 'an Excel file',
+    b'<': 'a web page',
     b'\xff\xfe': 'text in UTF-16', b'\xfe\xff': 'text in UTF-16'}
 
 
@@ -225,11 +227,12 @@ def read_table(file):
     Yields the rows of a table with commas, semicolons or tabs, whose header names the columns. A cell between
     quotation marks may hold line breaks. Fault if it is no such table.
     """
-    header = next((line for line in file if line.strip()), '')
+    # Excel writes a line like sep=; before the header
+    header = next((line for line in file if line.strip() and not line.lower().startswith('sep=')), '')
     if not header:
         raise Fault('it is empty')
-    # the delimiter that occurs most in the header: the cells below it may be full of commas
-    delimiter = max(',;\t', key=header.count)
+    # names hold no tabs, and fewer commas than stand between them; the cells below may be full of commas
+    delimiter = '\t' if '\t' in header else max(',;', key=header.count)
     if delimiter not in header and header.strip() not in CONVENTIONS:
         raise Fault(f'it is not JSON, JSONL, CSV or Parquet: it begins with {shown(header)}')
     csv.field_size_limit(1 << 30)
@@ -286,8 +289,12 @@ def read_parquet(path):
     import pyarrow
     from pyarrow import parquet
     try:
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if len(set(names)) < len(names):
+            raise Fault(f'two of its columns have the same name: {shown(names)}')
         # in batches, as a file may be larger than memory
-        for batch in parquet.ParquetFile(path).iter_batches(8192):
+        for batch in file.iter_batches(8192):
             for cells in zip(*map(values_of, batch.columns)):
                 row = dict(zip(batch.schema.names, cells))
                 # what JSON does not know must not reach our files: NaN becomes null, dates become text
@@ -297,11 +304,13 @@ def read_parquet(path):
 
 
 def as_text(value):
-    """A value that JSON does not know as text. Some writers store texts as bytes."""
+    """A value that JSON does not know as text; None of bytes that are none, like those of an image."""
+    if not isinstance(value, bytes):
+        return str(value)
     try:
         return value.decode()
-    except (AttributeError, UnicodeDecodeError):
-        return str(value)
+    except UnicodeDecodeError:
+        return None
 
 
 def values_of(column):
@@ -345,7 +354,9 @@ CONVENTIONS = {
     'question': ('answer', 'output', 'response', 'completion'),
     'query': ('response', 'output', 'completion', 'answer'),
 }
+INPUTS = 'input', 'context', 'passage', 'article'  # what the input may be called
 CHATS = 'messages', 'conversations', 'conversation'  # fields that hold a chat, a list of messages
+COUNTS = 'messages_left_out', 'reasoning_left_out'  # of what a row does not hold: fields of our own
 REASONING = 'reasoning_content', 'reasoning', 'thinking'  # what a chat's message may hold beside its text
 SYSTEM = 'system', 'developer'  # what the roles in chats are called
 USER = 'user', 'human', 'prompter'
@@ -377,12 +388,22 @@ def unwrap(value, given):
     if not tables:
         rows = rows_of_columns(value)
         return [value] if rows is None else rows
-    if len(tables) > 1 or 'output' in value:
+    # a row that has an answer of its own is one, whatever its lists hold: tools, steps, annotations
+    instruction = first_name(value, CONVENTIONS)
+    answers = CONVENTIONS.get(instruction, ['output'])
+    if len(tables) > 1 or any(value.get(name) for name in answers):
         return [value]
     rows = tables[0]
-    if not any(name in value for name in CONVENTIONS):
-        return rows
-    return [value | row for row in rows] if 'output' in rows[0] else [value]
+    if instruction:
+        return [value | row for row in rows] if 'output' in rows[0] else [value]
+    # a text that all of them are about stands once beside them
+    shared = {name: value[name] for name in INPUTS if isinstance(value.get(name), str)}
+    return [shared | row if isinstance(row, dict) else row for row in rows]
+
+
+def is_off(value):
+    """Whether a mark is false or 0, which tables write as text, too."""
+    return str(value).lower() in ('false', '0', '0.0')
 
 
 def text_of(message):
@@ -437,7 +458,7 @@ def first_exchange(chat, needs_output):
 
     # a call of a tool is no answer, and weight 0 is how OpenAI's files mark an answer as not to be learned;
     # others write train or loss
-    is_excluded = answer.get('weight') in (0, '0') or False in (answer.get('train'), answer.get('loss'))
+    is_excluded = any(is_off(answer.get(name)) for name in ('weight', 'train', 'loss'))
     fault = ''
     if not answer:
         fault = 'the first question of its chat is not answered'
@@ -472,11 +493,27 @@ def find_names(row, given):
     What instruction, input and output are called in this row: as given, or by a convention that it has. Each
     row has its own, since files of several data sets are often joined, which leaves cells empty.
     """
+    its_input = first_name(row, INPUTS) or 'input'
     if given.get('instruction') in row:
-        return given['instruction'], given.get('input', 'input'), given['output']
+        return given['instruction'], given.get('input', its_input), given['output']
     instruction = first_name(row, CONVENTIONS) or 'instruction'
     output = first_name(row, CONVENTIONS[instruction]) or 'output'
-    return instruction, first_name(row, ('input', 'context')) or 'input', output
+    return instruction, its_input, output
+
+
+def check_use(row, is_named):
+    """Fault: an answer is not to be learned, or cannot be without what the row holds beside it."""
+    # the mark of unpaired preferences is TRL's label or LLaMA-Factory's kto_tag; other rows have other labels
+    is_unpaired = 'prompt' in row or not row.keys().isdisjoint(CHATS)
+    if (is_unpaired and is_off(row.get('label'))) or is_off(row.get('kto_tag')):
+        raise Fault('label is false, so its answer is not to be learned')
+    if 'chosen' in row and 'rejected' in row and not is_named:
+        raise Fault('it has two answers to choose from: where chosen is a text, take it by '
+                    '--fields=instruction:prompt,output:chosen')
+    if any(row.get(name) for name in ('image', 'images')):
+        raise Fault('it is about an image')
+    if 'question' in row and any(row.get(name) for name in ('options', 'choices')) and not is_named:
+        raise Fault('it is a question with choices: put them into its text, or name its fields by --fields')
 
 
 def to_row(value, given, needs_output=True):
@@ -489,16 +526,19 @@ def to_row(value, given, needs_output=True):
     if None in value:  # where the csv module keeps them
         raise Fault(f'it has more cells than the header: {shown(value[None])}')
     # null and NaN are missing: tables that unite several conventions are full of them
-    row = {key: cell for key, cell in value.items() if cell is not None and cell == cell}
+    row = {key: cell for key, cell in value.items()
+           if cell is not None and cell == cell and key not in COUNTS}
     is_named = given.get('instruction') in row
-    if row.get('label') is False and 'completion' in row:
-        raise Fault('label is false, so its answer is not to be learned')  # TRL's unpaired preferences
+    check_use(row, is_named)
     # TRL's form of a chat in two parts, of which the second may be missing, or a text
     if isinstance(row.get('prompt'), list) and not is_named:
         answer = row.pop(first_name(row, CONVENTIONS['prompt']), [])
         if isinstance(answer, str):
             answer = [{'role': 'assistant', 'content': answer}]
-        row['messages'] = row.pop('prompt') + messages_of(answer)
+        question = messages_of(row.pop('prompt'))
+        if answer and any(message.get('role') in ASSISTANT for message in question):
+            raise Fault('its prompt is a chat of several turns, of which the template has room for one')
+        row['messages'] = question + messages_of(answer)
     # an empty chat gives way to a row's own instruction
     chat = first_name(row, CHATS)
     is_chat = chat and (row[chat] or row.keys().isdisjoint(CONVENTIONS))
@@ -509,6 +549,9 @@ def to_row(value, given, needs_output=True):
     cells = [row.pop(theirs, None) for theirs in names]
     for ours, theirs, cell in zip(FIELDS, names, cells):
         if isinstance(cell, str):
+            # tiktoken has no stack for some more of them
+            if len(cell) > 100_000 and re.search(r'\s{100000}', cell):
+                raise Fault(f'{theirs} has 100,000 characters of white space in a row')
             row[ours] = cell
         elif cell is not None:
             raise Fault(f'{theirs} is not a text: {shown(cell)}')
@@ -520,12 +563,13 @@ def to_row(value, given, needs_output=True):
     if not row['instruction'].strip():
         raise Fault('instruction is empty')
     # a system prompt in a column of its own comes before the input, earlier turns are counted
-    for name in 'system', 'system_prompt':
+    for name in 'system', 'system_prompt', 'system_message':
         if isinstance(row.get(name), str) and row[name].strip():
             texts = row.pop(name), row.get('input')
             row['input'] = '\n\n'.join(filter(None, texts))
     if isinstance(row.get('history'), list):
-        n_earlier = 2 * len(row['history'])
+        # pairs of a question and an answer, or messages
+        n_earlier = sum(len(turn) if isinstance(turn, list) else 1 for turn in row['history'])
         row['messages_left_out'] = row.get('messages_left_out', 0) + n_earlier
     return row
 
@@ -536,7 +580,7 @@ def parse_fields(fields):
     UserError if it lacks instruction or output, which nothing can be guessed for.
     """
     pairs = fields.split(',') if fields else []
-    given = dict(pair.strip().partition(':')[::2] for pair in pairs)
+    given = dict(map(str.strip, pair.partition(':')[::2]) for pair in pairs)
     is_right = not given or {'instruction', 'output'} <= given.keys() <= set(FIELDS)
     if not is_right or '' in given.values():
         raise UserError(f'fields={fields!r} must be like instruction:q,output:a, or with input:c, too')
@@ -625,13 +669,23 @@ def sources_of_splits():
     return sources, split_of
 
 
+# curly quotation marks become straight ones, and marks without a width are dropped
+MARKS = str.maketrans('‘’‚‛“”„‟', '\'\'\'\'""\"\"', '\u200b\u200c\u200d\u2060\ufeff')
+# of ASCII only some, as others may be operators
+PUNCTUATION = '.,;:!?"\'()[]' + ''.join(
+    chr(code) for code in range(128, 0x10000) if unicodedata.category(chr(code)).startswith('P'))
+
+
 def normalize(text):
     """
-    The text by which prompts are compared: without differences in case, white space, and punctuation at the
-    ends of words. Operators, marks that belong to a letter, and punctuation that stands alone remain.
+    The text by which prompts are compared: without differences in case, white space, the forms in which
+    Unicode writes one character, and punctuation at the ends of words. Operators, marks that belong to a
+    letter, and punctuation that stands alone remain.
     """
+    if not text.isascii():
+        text = unicodedata.normalize('NFC', text).translate(MARKS)
     words = text.casefold().split()
-    return ' '.join(word.strip('.,;:!?"\'()[]') or word for word in words)
+    return ' '.join(word.strip(PUNCTUATION) or word for word in words)
 
 
 def read_sources(sources, left_out, seen):
@@ -988,6 +1042,11 @@ def prepare(part, sources, split_of, source_names):
     for split, numbers in kept.items():
         write_split(part, split, table[numbers], meta)
     describe(table, splits, kept, left_out, list(sources))
+    # a context that has an unusual name would be missed
+    names = set().union(*itertools.islice(read_values(part / 'rows'), 1000))
+    of_no_use = sorted(names.difference(FIELDS, COUNTS, ['source_file']))
+    if of_no_use:
+        print(f'fields that are of no use here: {", ".join(of_no_use)[:300]}')
     print(f'all prompts share their first {n_shared} tokens')
     # a look at what the model will see finds most mistakes with a template or with fields
     first = table[kept['train'][0]]
