@@ -505,14 +505,15 @@ def check_use(row, is_named):
     """Fault: an answer is not to be learned, or cannot be without what the row holds beside it."""
     # the mark of unpaired preferences is TRL's label or LLaMA-Factory's kto_tag; other rows have other labels
     is_unpaired = 'prompt' in row or not row.keys().isdisjoint(CHATS)
-    if (is_unpaired and is_off(row.get('label'))) or is_off(row.get('kto_tag')):
+    marks = [row.get('kto_tag'), row.get('label') if is_unpaired else None]
+    if any(map(is_off, marks)):
         raise Fault('label is false, so its answer is not to be learned')
     if 'chosen' in row and 'rejected' in row and not is_named:
         raise Fault('it has two answers to choose from: where chosen is a text, take it by '
                     '--fields=instruction:prompt,output:chosen')
-    if any(row.get(name) for name in ('image', 'images')):
+    if row.get('image') or row.get('images'):
         raise Fault('it is about an image')
-    if 'question' in row and any(row.get(name) for name in ('options', 'choices')) and not is_named:
+    if 'question' in row and (row.get('options') or row.get('choices')) and not is_named:
         raise Fault('it is a question with choices: put them into its text, or name its fields by --fields')
 
 
@@ -671,8 +672,8 @@ def sources_of_splits():
 
 # curly quotation marks become straight ones, and marks without a width are dropped
 MARKS = str.maketrans('‘’‚‛“”„‟', '\'\'\'\'""\"\"', '\u200b\u200c\u200d\u2060\ufeff')
-# of ASCII only some, as others may be operators
-PUNCTUATION = '.,;:!?"\'()[]' + ''.join(
+ASCII_PUNCTUATION = '.,;:!?"\'()[]'  # the others may be operators
+PUNCTUATION = ASCII_PUNCTUATION + ''.join(
     chr(code) for code in range(128, 0x10000) if unicodedata.category(chr(code)).startswith('P'))
 
 
@@ -682,10 +683,12 @@ def normalize(text):
     Unicode writes one character, and punctuation at the ends of words. Operators, marks that belong to a
     letter, and punctuation that stands alone remain.
     """
+    punctuation = ASCII_PUNCTUATION
     if not text.isascii():
         text = unicodedata.normalize('NFC', text).translate(MARKS)
+        punctuation = PUNCTUATION
     words = text.casefold().split()
-    return ' '.join(word.strip(PUNCTUATION) or word for word in words)
+    return ' '.join(word.strip(punctuation) or word for word in words)
 
 
 def read_sources(sources, left_out, seen):
