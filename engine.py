@@ -50,7 +50,8 @@ def choose_device(device, dtype):
         device = torch.device(name, number)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'device={name!r} is not available here: {str(error).splitlines()[0]}') from error
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f'device={name!r} is not available here: {reason}') from error
 
     if dtype == 'auto' and device.type == 'cuda':
         # GPUs before Ampere, such as Colab's T4, only emulate bfloat16, and slowly

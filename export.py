@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 from itertools import zip_longest
@@ -596,6 +597,8 @@ def verify(name, folder, model, base, expected):
         difference = torch.stack(differences).max()  # nan stays nan
         print(f'  {program}: largest difference of logits {difference:.1e}, '
               f'greedy ids of {n_equal} of {len(expected)} prompts equal', flush=True)
+        if not difference.isfinite():
+            raise ValueError('its logits are not numbers')
         if is_lossy:
             steps = {'exported': step}
             if is_int8:
@@ -611,6 +614,10 @@ def export(name, run, about):
     # nobody finds a folder under its name that is half written, or wrong
     write, _, _ = FORMATS[name]
     path = Path(out_dir, 'export', name)
+    if path.is_symlink():  # to a larger disk, say
+        path = path.resolve()
+    if path.is_file():
+        raise UserError(f'{path} is a file: remove it')
     folder = path.with_name(name + '.tmp')
     failed = path.with_name(name + '.failed')
     model = load_model(name, run, about)
@@ -656,6 +663,8 @@ def main():
             modules += ('onnxruntime',)
         for module in modules:
             __import__(module)
+    if not re.fullmatch(r'[1-9][0-9.]*[KMGT]B', shard_size):
+        raise UserError(f'shard_size={shard_size!r} must be like 5GB')
     if 'peft' in formats and not Path(out_dir, 'adapter.safetensors').exists():
         raise UserError(f'{out_dir} has no adapter.safetensors, which a run with lora_rank > 0 writes')
     # without a run it is a released model, or the one of a path

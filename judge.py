@@ -199,9 +199,9 @@ STYLES = {
         SCORE_PROMPT, (0, 100), 64,
         r'(?!.*"score".*"score")[^{}]*(\{[^{}]*\})[\s`.*]*',
         'JSON, {"score": N}, and nothing else, where N is an integer'),
-    # 85, or Score: 85.
+    # 85, or Score: **85**
     'book': Style(
-        BOOK_PROMPT, (0, 100), 64, r'\s*(?:score:?\s*)?(\d+)[\s.]*', 'an integer and nothing else'),
+        BOOK_PROMPT, (0, 100), 64, r'[\s*]*(?:score:?[\s*]*)?(\d+)[\s.*]*', 'an integer and nothing else'),
     # It is right, but long. [[7]]
     'mtbench': Style(
         MTBENCH_PROMPT, (1, 10), 768, r'(?!.*\[\[.*\[\[)\W*\w.*\[\[(\d+)\]\][\s.*]*',
@@ -341,6 +341,20 @@ class Fault(Exception):
         self.status = status
 
 
+class Retry(urllib3.Retry):
+    """Heeds a Retry-After of up to two minutes, also one like 0.5, and not one that says nothing."""
+
+    def parse_retry_after(self, value):
+        try:
+            return min(max(float(value), 0), 120)
+        except ValueError:  # a date
+            pass
+        try:
+            return min(super().parse_retry_after(value), 120)
+        except urllib3.exceptions.InvalidHeader:
+            return 0
+
+
 def server_address(kind, url):
     """
     The base URL of the server at judge_url, or else at OLLAMA_HOST, which may lack a scheme. For example:
@@ -381,10 +395,9 @@ class Server:
         self.unanswered = 0  # questions in a row
         self.gone = ''  # why no more questions are worth asking
         self.key = os.environ.get('OPENAI_API_KEY', '').strip() if kind == 'openai' else ''
-        # a question is sent again after a time-out, a lost connection or one of the statuses. A Retry-After
-        # of more than two minutes counts as two
-        retry = urllib3.Retry(3, allowed_methods=None, status_forcelist={408, 500, 502, 503, 504},
-                              raise_on_status=False, backoff_factor=judge_backoff, retry_after_max=120)
+        # a question is sent again after a time-out, a lost connection or one of the statuses
+        retry = Retry(3, allowed_methods=None, status_forcelist={408, 500, 502, 503, 504},
+                      raise_on_status=False, backoff_factor=judge_backoff)
         logging.getLogger('urllib3').setLevel(logging.ERROR)  # no line for every attempt
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=judge_workers, max_retries=retry)
         self.session = requests.Session()
@@ -573,8 +586,9 @@ def ask_all(server, prompts, kept, path):
         try:
             server.chat(body)
         except Fault as fault:
-            # it may be this question alone that the server refuses
-            if server.kind == 'ollama' or fault.status not in (400, 413, 422):
+            # it may be this question alone that the server refuses, or too many at this moment
+            is_of_question = server.kind == 'openai' and fault.status in (400, 413, 422)
+            if not is_of_question and fault.status != 429:
                 raise UserError(f'{server.model} at {server.url} does not answer: {fault}') from fault
     lock = threading.Lock()  # of the file, so that a line is whole
 
@@ -952,7 +966,12 @@ def write_scores(scores):
     lines = metrics_lines(scores) + (judge_lines(scores) if 'summary' in scores else [])
     write_json(folder / f'scores{suffix}.json', scores)
     atomic_write(folder / f'scores{suffix}.txt', lambda file: file.write('\n'.join(lines) + '\n'))
-    write_report(folder / f'report{suffix}.html', scores, read_curves(folder / 'log.jsonl'))
+    # the curves are of the run in this folder, and so stand beside its own answers alone
+    run = newest(folder.glob('*-sft.json'))
+    weights = read_json(run).get('weights') if run else None
+    is_runs = scores['made_of'].get('weights', '' if predictions else weights) == weights
+    curves = read_curves(folder / 'log.jsonl') if is_runs else {'train': [], 'val': []}
+    write_report(folder / f'report{suffix}.html', scores, curves)
     print(f'\nwrote {folder}/scores{suffix}.json and {folder}/report{suffix}.html')
 
 

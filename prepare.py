@@ -1081,6 +1081,8 @@ def check_folder(folder, source_names):
 
 
 def main():
+    if not dataset:
+        raise UserError('dataset is empty: name a folder, like --dataset=mine')
     if train_share + test_share > 1:
         raise UserError(f'train_share={train_share} and test_share={test_share} are more than all rows')
     source_names = ' | '.join(filter(None, [source, val_source, test_source]))

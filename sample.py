@@ -87,7 +87,10 @@ def find_run(config):
     out = Path(config['out_dir'])
     run = newest(out.glob('*-sft.json'))
     if run:
-        is_another = config['init_from'] not in ('resume', read_json(run)['init_from'])
+        about = read_json(run)
+        if not isinstance(about, dict) or 'init_from' not in about:
+            raise UserError(f'{run} is not the .json of a run: train it again, or name another --out_dir')
+        is_another = config['init_from'] not in ('resume', about['init_from'])
         return None if 'init_from' in config.flags and is_another else run
     is_named = 'init_from' in config.flags | config.files
     if not is_named or config['init_from'] in ('scratch', 'resume'):

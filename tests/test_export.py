@@ -712,6 +712,20 @@ def test_what_may_differ_grows_with_the_logits(monkeypatch, tmp_path, scale, is_
 # --- with the programs that read: make interop
 
 
+def test_a_format_may_lie_on_another_disk(again, runs, tmp_path):
+    """export/huggingface is a link then, which stays one; a file of that name is told."""
+    (tmp_path / 'disk/there').mkdir(parents=True)
+    (again / 'export').mkdir()
+    (again / 'export/huggingface').symlink_to(tmp_path / 'disk/there')
+    stage(runs, 'export.py', f'--out_dir={again}', first=TRANSFORMERS.replace('ERROR', '0.0'))
+    assert (again / 'export/huggingface').is_symlink() and (tmp_path / 'disk/there/model.safetensors').exists()
+    assert [path.name for path in (tmp_path / 'disk').iterdir()] == ['there']
+    (again / 'export/huggingface').unlink()
+    (again / 'export/huggingface').write_text('')
+    assert 'export/huggingface is a file: remove it' in stage(runs, 'export.py', f'--out_dir={again}', code=2).stderr
+    assert 'must be like 5GB' in stage(runs, 'export.py', f'--out_dir={again}', '--shard_size=-5MB', code=2).stderr
+
+
 CONSUMERS = ['transformers', 'peft', 'llama_cpp', 'onnxruntime']
 
 

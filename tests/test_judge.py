@@ -137,7 +137,7 @@ def test_a_score_that_is_unambiguous_is_read(text):
 
 
 @pytest.mark.parametrize('text, score', [
-    ('85', 85), (' 0\n', 0), ('100.', 100), ('Score: 85', 85), ('<think>40?</think>85', 85),
+    ('85', 85), ('Score: **85**', 85), ('**85.**', 85), (' 0\n', 0), ('100.', 100), ('Score: 85', 85), ('<think>40?</think>85', 85),
     ('101', None), ('-5', None), ('85/100', None), ('85.5', None), ('85 or 90', None), ('I give 85', None), ('', None), ('{"score": 85}', None)])
 def test_the_style_of_the_book_takes_an_integer_and_nothing_else(style, text, score):
     style('book')
@@ -600,6 +600,15 @@ def test_retry_after_is_respected_within_bounds(ask_three, client, server):
     assert 1 <= time.time() - began < 3
     retry = client().session.get_adapter(server.url + '/api/chat').max_retries
     assert retry.parse_retry_after('86400') <= 120
+    # some servers send parts of a second, or what is no time at all
+    assert [retry.parse_retry_after(value) for value in ('0.5', '-3', 'soon')] == [0.5, 0, 0]
+
+
+@pytest.mark.parametrize('kind', ['ollama', 'openai'])
+def test_too_many_requests_at_the_first_one_end_nothing(client, server, tmp_path, kind):
+    server.scripts['two'] = [429, 429, '{"score": 61}']
+    replies = stage.ask_all(client(kind), ['Score number two.'], {}, tmp_path / 'judge.jsonl')
+    assert replies['Score number two.']['text'] == '{"score": 61}'
 
 
 # --- servers that refuse what others take

@@ -149,6 +149,18 @@ def numbers(page):
 # --- what needs no browser
 
 
+def test_the_curves_stand_beside_the_runs_own_answers_alone(run, tmp_path):
+    rows = [{'instruction': f'Say {n}.', 'output': str(n), 'model_response': str(n)} for n in range(12)]
+    (tmp_path / 'out').mkdir()
+    for path in 'out/instruction-data-with-response.json', 'others.json':
+        (tmp_path / path).write_text(json.dumps(rows))
+    (tmp_path / 'out/gpt2-sft.json').write_text('{"init_from": "gpt2", "weights": "w"}')
+    (tmp_path / 'out/log.jsonl').write_text('{"step": 1, "loss": 2.5}\n')
+    for flags, is_there in ([], True), (['--predictions=others.json'], False):
+        run('judge.py', '--judge=reference', *flags)
+        assert ('"train": [[1, 2.5]]' in (tmp_path / 'out/report.html').read_text()) == is_there
+
+
 def test_the_curves_of_a_log(tmp_path):
     lines = [{'step': 1, 'loss': 3.0}, {'step': 1, 'train_loss': 2.0, 'val_loss': 2.5}, {'step': 2, 'loss': 2.0}]
     (tmp_path / 'log.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{"step": 3, "lo')

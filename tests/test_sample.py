@@ -205,6 +205,14 @@ def test_the_run_answers_unless_a_flag_names_another_model(tmp_path, monkeypatch
         assert (sample_stage.find_run(config) is not None) == (found == 'run')
 
 
+@pytest.mark.parametrize('text', ['[]', '{}', '7', '{'])
+def test_a_run_whose_json_is_something_else_is_told(sample, tmp_path, text):
+    path, = (tmp_path / 'a').glob('*-sft.json')
+    path.write_text(text)
+    sample('--prompt=Say it.', code=2)
+    assert f'{path.name} is not the .json of a run' in sample.shown.stderr or f'cannot read a/{path.name}' in sample.shown.stderr
+
+
 def test_a_model_that_was_not_trained_here_answers(trained, model, tmp_path):
     text, _ = answer(model, {'instruction': 'Hello'}, 3)
     ask = '--out_dir=none', '--prompt=Hello', '--max_new_tokens=3'
