@@ -402,7 +402,10 @@ def unwrap(value, given):
 
 
 def is_off(value):
-    """Whether a mark is false or 0, which tables write as text, too."""
+    """
+    Whether a mark says that something is not to be learned: it is false or 0. Tables write that as text, and
+    a mark that is not there is None.
+    """
     return str(value).lower() in ('false', '0', '0.0')
 
 
@@ -502,7 +505,10 @@ def find_names(row, given):
 
 
 def check_use(row, is_named):
-    """Fault: an answer is not to be learned, or cannot be without what the row holds beside it."""
+    """
+    Fault: an answer is not to be learned, or cannot be without what the row holds beside it. Learning from it
+    would do harm that nobody sees. is_named: the setting fields names what is learned.
+    """
     # the mark of unpaired preferences is TRL's label or LLaMA-Factory's kto_tag; other rows have other labels
     is_unpaired = 'prompt' in row or not row.keys().isdisjoint(CHATS)
     marks = [row.get('kto_tag'), row.get('label') if is_unpaired else None]
@@ -563,7 +569,12 @@ def to_row(value, given, needs_output=True):
                         '--fields=instruction:...,output:..., or with input:...')
     if not row['instruction'].strip():
         raise Fault('instruction is empty')
-    # a system prompt in a column of its own comes before the input, earlier turns are counted
+    add_columns(row)
+    return row
+
+
+def add_columns(row):
+    """Put a system prompt that has a column of its own before the row's input, and count earlier turns."""
     for name in 'system', 'system_prompt', 'system_message':
         if isinstance(row.get(name), str) and row[name].strip():
             texts = row.pop(name), row.get('input')
@@ -572,7 +583,6 @@ def to_row(value, given, needs_output=True):
         # pairs of a question and an answer, or messages
         n_earlier = sum(len(turn) if isinstance(turn, list) else 1 for turn in row['history'])
         row['messages_left_out'] = row.get('messages_left_out', 0) + n_earlier
-    return row
 
 
 def parse_fields(fields):
@@ -670,7 +680,8 @@ def sources_of_splits():
     return sources, split_of
 
 
-# curly quotation marks become straight ones, and marks without a width are dropped
+# one prompt may be written in two ways: with curly or straight quotation marks, and with marks that have no
+# width. Both would go unseen into train and test
 MARKS = str.maketrans('‘’‚‛“”„‟', '\'\'\'\'""\"\"', '\u200b\u200c\u200d\u2060\ufeff')
 ASCII_PUNCTUATION = '.,;:!?"\'()[]'  # the others may be operators
 PUNCTUATION = ASCII_PUNCTUATION + ''.join(
@@ -1045,7 +1056,8 @@ def prepare(part, sources, split_of, source_names):
     for split, numbers in kept.items():
         write_split(part, split, table[numbers], meta)
     describe(table, splits, kept, left_out, list(sources))
-    # a context that has an unusual name would be missed
+    # a context of an unusual name is not part of the prompt, and only a look at the names tells. The first
+    # rows have them all, as a rule
     names = set().union(*itertools.islice(read_values(part / 'rows'), 1000))
     of_no_use = sorted(names.difference(FIELDS, COUNTS, ['source_file']))
     if of_no_use:

@@ -87,6 +87,7 @@ def find_run(config):
     out = Path(config['out_dir'])
     run = newest(out.glob('*-sft.json'))
     if run:
+        # a file of that name may be anybody's
         about = read_json(run)
         if not isinstance(about, dict) or 'init_from' not in about:
             raise UserError(f'{run} is not the .json of a run: train it again, or name another --out_dir')
@@ -349,15 +350,17 @@ def main():
         config['dataset'] = read_json(run)['config']['dataset']  # what it was trained on
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
+    # one form of asking at a time, since a second one would be left unanswered; a flag that cannot have an
+    # effect is a mistake
     asked = [name for name in ('prompt', 'interactive', 'questions') if config[name]]
-    if len(asked) > 1 or (input and not prompt):
-        raise UserError('--input goes with --prompt' if input and not prompt else
-                        f'{" and ".join(asked)} do not go together')
-    writes_test_split = not asked
-    if world_size > 1 and not writes_test_split:
+    if len(asked) > 1:
+        raise UserError(f'{" and ".join(asked)} do not go together')
+    if input and not prompt:
+        raise UserError('--input goes with --prompt')
+    if asked and world_size > 1:
         raise UserError('several processes share the test split; for all else start one: python sample.py')
     loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from, adapter)
-    data = read_test_split(config, loaded) if writes_test_split else None
+    data = None if asked else read_test_split(config, loaded)
     for_inference(loaded.model, chosen_device, compute_dtype)
     out = Path(out_dir)
     if rank == 0:

@@ -153,6 +153,8 @@ def read_config_file(path, settings):
     imports, the functions that it defines and names with a leading underscore are its own business.
     """
     found = {}
+    if path.startswith('-'):
+        raise UserError(f'{path}: flags are written --key=value')
     if Path(path).suffix != '.py':
         raise UserError(f'{path} is not a config file, which ends in .py; rows are named by --source={path}')
     try:
@@ -220,8 +222,6 @@ def configure(stage):
     files = set()
     settings_of_files = settings_of_all_stages() | settings
     for argument in sys.argv[1:]:
-        if argument.startswith('-') and not argument.startswith('--'):
-            raise UserError(f'{argument}: flags are written --key=value')
         if argument.startswith('--'):
             key, value = read_flag(argument, settings)
             flags.add(key)
