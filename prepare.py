@@ -208,6 +208,8 @@ def read_values(path):
     for mark, name in OTHER_FORMATS.items():
         if magic.startswith(mark):
             raise Fault(f'it is {name}: save it as JSON, JSONL or CSV in UTF-8, or as Parquet')
+    if b'\0' in magic:
+        raise Fault('it is no text in UTF-8')
     if magic.startswith(b'PAR1'):
         yield from read_parquet(path)
         return

@@ -447,6 +447,15 @@ def test_json_lines_end_at_line_feeds_alone(read):
     assert read(as_lines) == read(as_list, 'rows.json') == rows
 
 
+def test_a_parquet_of_columns_that_cannot_be_told_apart_or_read(read, tmp_path):
+    columns = [pyarrow.array(['Say it.']), pyarrow.array(['It.']), pyarrow.array(['That.'])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, ['instruction', 'output', 'output']), tmp_path / 'a.parquet')
+    assert 'two of its columns have the same name' in read.error((tmp_path / 'a.parquet').read_bytes(), 'a.parquet')
+    # bytes that are no text are no answer, and Python's way to write them is none either
+    parquet.write_table(pyarrow.table({'instruction': ['Say it.'], 'output': [b'\xff\xfe a']}), tmp_path / 'b.parquet')
+    assert 'row 0: output is missing' in read.error((tmp_path / 'b.parquet').read_bytes(), 'b.parquet')
+
+
 def test_texts_that_a_parquet_holds_as_bytes(read, tmp_path):
     table = pyarrow.table({name: pyarrow.array([text.encode()], pyarrow.binary()) for name, text in (ROW | {'output': 'für dich'}).items()})
     parquet.write_table(table, tmp_path / 'a.parquet')
@@ -501,6 +510,8 @@ def test_texts_of_json_in_lists_and_objects_of_a_parquet_are_read(read, tmp_path
 
 @pytest.mark.parametrize('content, said', [
     ('', 'it is empty'),
+    ('instruction,output\na,b\n'.encode('utf-16-le'), 'it is no text in UTF-8'),
+    (b'\xff\xff\xff\xff\x10\0\0\0', 'it is an Arrow file'),
     ('\n \n', 'it is empty'),
     ('[]', 'has no rows'),
     ('[{"data": []}]', 'has no rows'),
