@@ -114,13 +114,24 @@ def is_intel():
         return 'GenuineIntel' in platform.processor()
 
 
-MKL_ROWS = 4 if is_intel() else 0  # up to so many rows MKL takes less time than oneDNN in fp32
+MKL_ROWS = 3 if is_intel() else 0  # up to so many rows MKL takes less time than oneDNN in fp32
+
+
+HAS_AMX = HAS_ONEDNN and getattr(torch.cpu, '_is_amx_tile_supported', bool)()
 
 
 def cpu_linear(x, weight, bias=None):
-    """F.linear by the faster of MKL and oneDNN. In bfloat16 the matrix may be in oneDNN's own order."""
-    if x.dtype == torch.float32 and x.numel() <= MKL_ROWS * x.size(-1):
+    """
+    F.linear by what takes the least time (tests/bench_decode.py): oneDNN, but for a few rows in fp32 MKL, and
+    for one row in bfloat16 torch.mv, where oneDNN would take AMX, whose tiles are of 16 rows.
+    """
+    n_rows = x.numel() // x.size(-1)
+    if x.dtype == torch.float32 and n_rows <= MKL_ROWS:
         return F.linear(x, weight, bias)
+    if x.dtype == torch.bfloat16 and n_rows == 1 and HAS_AMX:
+        row = x.flatten()
+        y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+        return y.view(*x.shape[:-1], -1)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 
@@ -147,8 +158,9 @@ class InferenceLinear(nn.Module):
         weight = weight.to(dtype)
         bias = bias.to(dtype)
         if uses_onednn:
-            # in bfloat16 a product takes less time if the matrix has an order of its own; in fp32 it does not
-            if dtype == torch.bfloat16:
+            # in bfloat16 a product takes less time if the matrix has an order of oneDNN's own, which torch.mv
+            # does not know; in fp32 it does not
+            if dtype == torch.bfloat16 and not HAS_AMX:
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
             self.product = lambda x: cpu_linear(x, weight, bias)
         else:

@@ -11,8 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import engine
-from engine import Engine, InferenceLinear, KVCache, Scheduler, Sequence, choose_ids, for_inference, generate
-from model import GPT, GPTConfig, ModelError, sample_token
+from engine import (
+    Engine,
+    InferenceEmbedding,
+    InferenceLinear,
+    KVCache,
+    Scheduler,
+    Sequence,
+    choose_ids,
+    for_inference,
+    generate,
+)
+from model import GPT, GPTConfig, ModelError, TiedEmbedding, sample_token
 
 import pytest
 import torch
@@ -428,7 +438,7 @@ def inference_copy(model, dtype):
 
 
 @pytest.mark.parametrize('has_onednn', [True, False])
-@pytest.mark.parametrize('mkl_rows', [0, 4])  # those of AMD's and of Intel's processors
+@pytest.mark.parametrize('mkl_rows', [0, 3])  # those of AMD's and of Intel's processors
 def test_inference_in_fp32_gives_the_ids_of_the_definition(model, prompts, defined, has_onednn, mkl_rows, monkeypatch):
     monkeypatch.setattr(engine, 'HAS_ONEDNN', has_onednn and engine.HAS_ONEDNN)
     monkeypatch.setattr(engine, 'MKL_ROWS', mkl_rows)
@@ -536,13 +546,17 @@ def test_bfloat16_on_a_processor_without_its_instructions():
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize('has_onednn', [True, False])
-@pytest.mark.parametrize('n_positions', [1, 37, 300])
-def test_the_linear_layer_of_inference_is_the_plain_one(has_onednn, n_positions, monkeypatch):
+@pytest.mark.parametrize('has_onednn, has_amx', [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize('rows', [(1, 1), (2, 1), (2, 37), (2, 300)])
+def test_the_linear_layers_of_inference_are_the_plain_ones(has_onednn, has_amx, rows, monkeypatch):
     monkeypatch.setattr(engine, 'HAS_ONEDNN', has_onednn and engine.HAS_ONEDNN)
+    monkeypatch.setattr(engine, 'HAS_AMX', has_amx)
     draw = torch.Generator().manual_seed(0)
     plain = torch.nn.Linear(96, 160).requires_grad_(False)
-    x = torch.randn(2, n_positions, 96, generator=draw)
+    x = torch.randn(*rows, 96, generator=draw)
+    tokens = TiedEmbedding(50, 96).requires_grad_(False)
+    for dtype, close in (torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 2e-1):
+        torch.testing.assert_close(InferenceEmbedding(tokens, dtype).unembed(x).float(), tokens.unembed(x), atol=close, rtol=1e-2)
     fast = InferenceLinear(plain.weight, plain.bias, torch.float32)
     torch.testing.assert_close(fast(x), plain(x), atol=1e-5, rtol=1e-5)
     for dtype, close in (torch.float16, 1e-3), (torch.bfloat16, 1e-2):
