@@ -208,12 +208,12 @@ def read_values(path):
     for mark, name in OTHER_FORMATS.items():
         if magic.startswith(mark):
             raise Fault(f'it is {name}: save it as JSON, JSONL or CSV in UTF-8, or as Parquet')
-    if b'\0' in magic:
-        raise Fault('it is no text in UTF-8')
     if magic.startswith(b'PAR1'):
         yield from read_parquet(path)
         return
     opener = gzip.open if magic.startswith(b'\x1f\x8b') else open
+    if opener is open and b'\0' in magic:
+        raise Fault('it is no text in UTF-8')
     # newline='': line breaks within the cells of a table stay as they are
     with opener(path, 'rt', encoding='utf-8-sig', newline='') as file:
         # some characters tell JSON from a table; the first line may be as long as the file
@@ -684,7 +684,7 @@ def sources_of_splits():
 
 # one prompt may be written in two ways: with curly or straight quotation marks, and with marks that have no
 # width. Both would go unseen into train and test
-MARKS = str.maketrans('‘’‚‛“”„‟', '\'\'\'\'""\"\"', '\u200b\u200c\u200d\u2060\ufeff')
+MARKS = str.maketrans('‘’‚‛“”„‟', 4 * "'" + 4 * '"', '\u200b\u200c\u200d\u2060\ufeff')
 ASCII_PUNCTUATION = '.,;:!?"\'()[]'  # the others may be operators
 PUNCTUATION = ASCII_PUNCTUATION + ''.join(
     chr(code) for code in range(128, 0x10000) if unicodedata.category(chr(code)).startswith('P'))
