@@ -346,7 +346,7 @@ class Retry(urllib3.Retry):
 
     def parse_retry_after(self, value):
         try:
-            return min(max(float(value), 0), 120)
+            return max(0, min(float(value), 120))
         except ValueError:  # a date
             pass
         try:

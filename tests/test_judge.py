@@ -601,7 +601,7 @@ def test_retry_after_is_respected_within_bounds(ask_three, client, server):
     retry = client().session.get_adapter(server.url + '/api/chat').max_retries
     assert retry.parse_retry_after('86400') <= 120
     # some servers send parts of a second, or what is no time at all
-    assert [retry.parse_retry_after(value) for value in ('0.5', '-3', 'soon')] == [0.5, 0, 0]
+    assert [retry.parse_retry_after(value) for value in ('0.5', '-3', 'soon', 'nan')] == [0.5, 0, 0, 0]
 
 
 @pytest.mark.parametrize('kind', ['ollama', 'openai'])
