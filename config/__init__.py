@@ -153,7 +153,7 @@ def read_config_file(path, settings):
     imports, the functions that it defines and names with a leading underscore are its own business.
     """
     found = {}
-    if path.startswith('-'):
+    if str(path).startswith('-'):
         raise UserError(f'{path}: flags are written --key=value')
     if Path(path).suffix != '.py':
         raise UserError(f'{path} is not a config file, which ends in .py; rows are named by --source={path}')
