@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-CORE = [f'tests/test_{name}.py' for name in ('batch', 'load', 'prepare', 'sample', 'train')]
+CORE = [f'tests/test_{name}.py' for name in ('batch', 'engine', 'load', 'prepare', 'sample', 'train')]
 
 
 @pytest.mark.skipif('VERSIONS' not in os.environ, reason='downloads gigabytes: make versions')
