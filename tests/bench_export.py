@@ -88,8 +88,8 @@ def bench_format(folder, model_bytes, name, *flags):
     """The rows of HEADER for a format: one for each program that reads it."""
     printed = child('export', folder, name, *flags)
     seconds, peak_bytes = map(float, printed.split('\nmeasured ')[1].split())
-    speeds = dict(re.findall(r'speed (\S+): (\S+)', child('speed', folder, name)))
-    found = re.findall(r'^  (\S+): largest difference of logits (\S+), greedy ids of (\d) of 3', printed, re.MULTILINE)
+    speeds = dict(re.findall(r'speed ([^:\n]+): (\S+)', child('speed', folder, name)))
+    found = re.findall(r'^  ([^:\n]+): largest difference of logits (\S+), greedy ids of (\d) of 3', printed, re.MULTILINE)
     label = ' '.join([name, *(flag.split('=')[1] for flag in flags[:1])])
     rows = []
     for program, difference, equal in found or [('not installed', '', 0)]:
