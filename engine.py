@@ -222,23 +222,28 @@ def for_inference(model, device, dtype):
 # -----------------------------------------------------------------------------
 # sequences, their cache, and which of them a step computes
 
+def check_prompt(config, prompt, name='the prompt'):
+    """ModelError: a prompt, as ids, is empty, leaves no room, or holds ids that a model of config lacks."""
+    if not 0 < len(prompt) < config.block_size:
+        raise ModelError(f'{name} has {len(prompt)} tokens; it may have 1 to {config.block_size - 1}')
+    lowest = min(prompt)
+    highest = max(prompt)
+    if lowest < 0 or highest >= config.vocab_size:
+        raise ModelError(
+            f'{name} has ids from {lowest} to {highest}; the model has 0 to {config.vocab_size - 1}')
+
+
 class Sequence:
     """
     A prompt that is being answered. ids: the prompt's, then the new ones. n_cached: how many of them have
     their keys and values in the cache. finish_reason: '' while it runs, then 'stop' at the end-of-text or
-    'length'. config: of the model. ModelError: the prompt is empty, leaves no room, or holds unknown ids.
+    'length'. config: of the model. ModelError: see check_prompt.
     """
 
     def __init__(
             self, config, prompt, max_new_tokens, temperature=0.0, top_k=0, seed=0, eos=EOS,
             name='the prompt'):
-        if not 0 < len(prompt) < config.block_size:
-            raise ModelError(f'{name} has {len(prompt)} tokens; it may have 1 to {config.block_size - 1}')
-        lowest = min(prompt)
-        highest = max(prompt)
-        if lowest < 0 or highest >= config.vocab_size:
-            raise ModelError(
-                f'{name} has ids from {lowest} to {highest}; the model has 0 to {config.vocab_size - 1}')
+        check_prompt(config, prompt, name)
         # the prompt is the caller's list, which does not grow
         self.ids = list(prompt)
         self.n_prompt = len(prompt)

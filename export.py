@@ -36,7 +36,7 @@ from prepare import (
     format_prompt,
     vocabulary_files,
 )
-from sample import Loaded, find_run, read_test_split
+from sample import Loaded, dataset_of, find_run, read_test_split
 
 import numpy as np
 import torch
@@ -670,8 +670,7 @@ def main():
     # without a run it is a released model, or the one of a path
     run = find_run(config)
     about = read_json(run) if run else {'init_from': init_from}
-    if run and 'dataset' not in config.flags | config.files:
-        config['dataset'] = about['config'].get('dataset', dataset)
+    config['dataset'] = dataset_of(run, config)
     for name in formats:
         export(name, run, about)
 

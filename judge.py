@@ -31,7 +31,7 @@ from config import (
     atomic_write,
     check_made_of,
     configure,
-    newest,
+    newest_run,
     read_json,
     read_jsonl,
     sha256_of,
@@ -953,8 +953,8 @@ def ask_judge(scores, sides):
     print('', *judge_lines(scores), sep='\n')
 
 
-def write_scores(scores):
-    """Write the scores into out_dir, what was printed of them, and the report."""
+def write_scores(scores, curves):
+    """Write the scores into out_dir, what was printed of them, and the report with read_curves's curves."""
     folder = Path(out_dir)
     suffix = ''
     if judge != 'reference' and judge_style != 'score':
@@ -966,11 +966,6 @@ def write_scores(scores):
     lines = metrics_lines(scores) + (judge_lines(scores) if 'summary' in scores else [])
     write_json(folder / f'scores{suffix}.json', scores)
     atomic_write(folder / f'scores{suffix}.txt', lambda file: file.write('\n'.join(lines) + '\n'))
-    # the curves are of the run in this folder, and so stand beside its own answers alone
-    run = newest(folder.glob('*-sft.json'))
-    weights = read_json(run).get('weights') if run else None
-    is_runs = scores['made_of'].get('weights', '' if predictions else weights) == weights
-    curves = read_curves(folder / 'log.jsonl') if is_runs else {'train': [], 'val': []}
     write_report(folder / f'report{suffix}.html', scores, curves)
     print(f'\nwrote {folder}/scores{suffix}.json and {folder}/report{suffix}.html')
 
@@ -979,10 +974,10 @@ def main():
     path = Path(predictions or Path(out_dir, 'instruction-data-with-response.json'))
     entries = read_predictions(path)
     about = provenance_of(path)
-    run = newest(Path(out_dir).glob('*-sft.json'))
-    if run and not predictions:
-        now = {'weights': read_json(run).get('weights', about.get('weights'))}
-        check_made_of(path, about, now, 'python sample.py answers with the model that is there now')
+    weights = newest_run(out_dir)[1].get('weights')
+    if weights and not predictions:
+        check_made_of(path, about, {'weights': weights},
+                      'python sample.py answers with the model that is there now')
     baseline_path, baseline_entries = find_baseline(path, entries)
     sides = {'run': entries} | ({'baseline': baseline_entries} if baseline_entries else {})
     has_turns = any('model_response' not in entry.row for entry in entries)
@@ -1003,7 +998,9 @@ def main():
         score_references(scores, sides)  # first, since the judge may be missing
     if judge != 'reference':
         ask_judge(scores, sides)
-    write_scores(scores)
+    # the curves are of the run in this folder, and so stand beside its own answers alone
+    is_runs = not predictions or about.get('weights', '') == weights
+    write_scores(scores, read_curves(Path(out_dir, 'log.jsonl')) if is_runs else {'train': [], 'val': []})
     sys.exit(1 if scores.get('faults') else 0)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import UserError, configure
-from engine import choose_device, for_inference, join_processes
+from engine import check_prompt, choose_device, for_inference, join_processes
 from prepare import encode_prompt, read_rows
 from sample import answer_all, find_run, load_named, load_run, write_answers
 
@@ -120,12 +120,8 @@ def main():
     torch_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(torch_device)
     loaded = load_run(run) if run else load_named(init_from, cache_dir, download_from)
-    most = loaded.model.config.block_size - 1
     for number, row in enumerate(rows):
-        n_tokens = len(encode_prompt(row))
-        if n_tokens > most:
-            raise UserError(f'{label_rows}: the prompt of row {number} has {n_tokens} tokens; the model has '
-                            f'room for {most}: leave such rows out')
+        check_prompt(loaded.model.config, encode_prompt(row), f'{label_rows}: the prompt of row {number}')
     for_inference(loaded.model, torch_device, compute_dtype)
     if rank == 0:
         print(f'\nloaded {loaded.name}: {loaded.model.config.name} on {torch_device}')

@@ -359,6 +359,7 @@ CONVENTIONS = {
 INPUTS = 'input', 'context', 'passage', 'article'  # what the input may be called
 CHATS = 'messages', 'conversations', 'conversation'  # fields that hold a chat, a list of messages
 COUNTS = 'messages_left_out', 'reasoning_left_out'  # of what a row does not hold: fields of our own
+REMARKS = 'label', 'kto_tag', 'history'  # which say something of the answer, and are not part of it
 REASONING = 'reasoning_content', 'reasoning', 'thinking'  # what a chat's message may hold beside its text
 SYSTEM = 'system', 'developer'  # what the roles in chats are called
 USER = 'user', 'human', 'prompter'
@@ -1061,7 +1062,7 @@ def prepare(part, sources, split_of, source_names):
     # a context of an unusual name is not part of the prompt, and only a look at the names tells. The first
     # rows have them all, as a rule
     names = set().union(*itertools.islice(read_values(part / 'rows'), 1000))
-    of_no_use = sorted(names.difference(FIELDS, COUNTS, ['source_file']))
+    of_no_use = sorted(names.difference(FIELDS, COUNTS, REMARKS, ['source_file', '']))
     if of_no_use:
         print(f'fields that are of no use here: {", ".join(of_no_use)[:300]}')
     print(f'all prompts share their first {n_shared} tokens')

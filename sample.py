@@ -16,7 +16,7 @@ from config import (
     UserError,
     check_made_of,
     configure,
-    newest,
+    newest_run,
     read_json,
     read_jsonl,
     sha256_of,
@@ -85,12 +85,8 @@ def find_run(config):
     if there is no run but a model is named. UserError if there is neither.
     """
     out = Path(config['out_dir'])
-    run = newest(out.glob('*-sft.json'))
+    run, about = newest_run(out)
     if run:
-        # a file of that name may be anybody's
-        about = read_json(run)
-        if not isinstance(about, dict) or 'init_from' not in about:
-            raise UserError(f'{run} is not the .json of a run: train it again, or name another --out_dir')
         is_another = config['init_from'] not in ('resume', about['init_from'])
         return None if 'init_from' in config.flags and is_another else run
     is_named = 'init_from' in config.flags | config.files
@@ -99,6 +95,12 @@ def find_run(config):
         raise UserError(f'{out} {there}: train one with python train.py, or name a model, like '
                         '--init_from=gpt2')
     return None
+
+
+def dataset_of(run, config):
+    """The data set that is named, else the one that the run was trained on. run: as find_run returns it."""
+    is_named = 'dataset' in config.flags | config.files
+    return config['dataset'] if is_named or not run else read_json(run)['config']['dataset']
 
 
 def load_run(run):
@@ -346,8 +348,7 @@ def talk(model, config):
 def main():
     # what answers, and on what
     run = None if adapter else find_run(config)
-    if run and 'dataset' not in config.flags | config.files:
-        config['dataset'] = read_json(run)['config']['dataset']  # what it was trained on
+    config['dataset'] = dataset_of(run, config)
     chosen_device, compute_dtype = choose_device(device, dtype)
     rank, world_size = join_processes(chosen_device)
     # one form of asking at a time, since a second one would be left unanswered; a flag that cannot have an

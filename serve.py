@@ -26,7 +26,15 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from config import UserError, configure, read_json
-from engine import Engine, KVCache, Sequence, choose_device, for_inference, return_freed_memory
+from engine import (
+    Engine,
+    KVCache,
+    Sequence,
+    check_prompt,
+    choose_device,
+    for_inference,
+    return_freed_memory,
+)
 from model import ModelError
 from prepare import (
     BEFORE_INSTRUCTION,
@@ -609,18 +617,21 @@ def template_prompt(asked, headers, masked):
     row = {'instruction': '\n\n'.join(question), 'input': '\n\n'.join(context)}
     if not row['instruction'].strip():
         raise HTTPException(400, 'there is no instruction')
-    check_length(encode_prompt(row), asked)
-    return encode_prompt({name: mask(text, masked) for name, text in row.items()})
+    ids = encode_prompt(row)
+    check_room(ids, asked)
+    masked_row = {name: mask(text, masked) for name, text in row.items()}
+    return ids if masked_row == row else encode_prompt(masked_row)
 
 
-def check_length(ids, asked):
+def check_room(ids, asked):
     """
     HTTPException: a prompt leaves no room. It is asked before the text is masked, which takes a long one so
     much time that the answers of others would stand still.
     """
-    most = served[asked.model].model.config.block_size - 1
-    if len(ids) > most:
-        raise HTTPException(400, f'the prompt has {len(ids)} tokens; it may have 1 to {most}')
+    try:
+        check_prompt(served[asked.model].model.config, ids)
+    except ModelError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def raw_prompt(prompt, asked, masked):
@@ -628,10 +639,10 @@ def raw_prompt(prompt, asked, masked):
     ids = get_tokenizer().encode_ordinary(prompt) if isinstance(prompt, str) else prompt
     if not all(0 <= id < VOCAB_SIZE for id in ids):
         raise HTTPException(400, f'the ids of a prompt must be from 0 to {VOCAB_SIZE - 1}')
-    check_length(ids, asked)
     text = detokenize(ids)
     if not text.strip():
         raise HTTPException(400, 'there is no instruction: the prompt is empty')
+    check_room(ids, asked)
     # ids that were sent stay as they are, since the text's own may be others
     masked_text = mask(text, masked)
     return ids if masked_text == text else get_tokenizer().encode_ordinary(masked_text)
@@ -673,8 +684,9 @@ def enqueue(asked, prompts, is_raw):
     for answer in answers:
         if answer.wants_none and not answer.scores_prompt:
             answer.ended = 'length'
-            # of a prompt of one token there is nothing to compute
-            answer.tokens = [(len(answer.echo), record) for record in answer.prompt_tokens]
+            # of a prompt of one token that is to be scored there is nothing to compute
+            if answer.echo and answer.n_top >= 0:
+                answer.tokens = [(len(answer.echo), record) for record in answer.prompt_tokens]
         else:
             engine.add(answer)
     engine.changed.set()

@@ -434,6 +434,20 @@ def newest(paths):
     return max(paths, key=os.path.getmtime, default=None)
 
 
+def newest_run(folder):
+    """
+    (path, content) of the .json of the newest run in a folder; (None, {}) if there is none. UserError if a
+    file of such a name is something else.
+    """
+    path = newest(Path(folder).glob('*-sft.json'))
+    if not path:
+        return None, {}
+    about = read_json(path)
+    if not isinstance(about, dict) or 'init_from' not in about:
+        raise UserError(f'{path} is not the .json of a run: train it again, or name another --out_dir')
+    return path, about
+
+
 # -----------------------------------------------------------------------------
 # provenance: what a stage writes names what it was made of, {'weights': a fingerprint, 'data': a hash, ...}
 

@@ -325,7 +325,7 @@ def test_peft_files(peft, runs):
         assert B.abs().max() > 0
 
 
-@pytest.mark.parametrize('key, value', [('step', 8), ('made_of', {'data': '0' * 64}), ('config', {'lora_rank': 0})])
+@pytest.mark.parametrize('key, value', [('step', 8), ('made_of', {'data': '0' * 64}), ('config', {'lora_rank': 0, 'dataset': 'tiny'})])
 def test_an_adapter_of_another_run_is_refused(lora_run, runs, tmp_path, key, value):
     """A full run in the folder of a LoRA run, say, beside whose adapter it lies."""
     shutil.copytree(lora_run, tmp_path / 'out', ignore=shutil.ignore_patterns('export', 'ckpt.pt'))

@@ -404,10 +404,10 @@ def test_an_answer_that_cannot_be_learned_alone_is_told(read, row, said):
 
 
 def test_fields_of_no_use_are_named(run, tmp_path):
-    rows = [row | {'context': 'kept', 'id': i} for i, row in enumerate(PLAIN)]
+    rows = [row | {'context': 'kept', 'id': i, 'history': [], '': ''} for i, row in enumerate(PLAIN)]
     write(tmp_path / 'rows.json', rows)
     shown = run('prepare.py', '--source=rows.json', '--dataset=x').stdout
-    assert 'fields that are of no use here: context, id' in shown
+    assert 'fields that are of no use here: context, id\n' in shown
     # where fields are named, the input is found as without
     row, = list(read_rows(write_rows(tmp_path, [{'q': 'a', 'a': 'b', 'context': 'c'}]), ' instruction: q, output: a'))
     assert texts(row) == ['a', 'c', 'b']

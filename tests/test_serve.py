@@ -368,6 +368,11 @@ def test_the_log_probabilities_of_prompts(url, more):
             assert choice['text'] == get_tokenizer().decode(prompt)
 
 
+def test_where_nothing_is_generated_no_token_is_told(url):
+    reply = chat(url, 'Count.', logprobs=True, top_logprobs=2, max_tokens=0).json()['choices'][0]
+    assert reply['message']['content'] == '' and not (reply['logprobs'] or {}).get('content')
+
+
 def test_a_prompt_of_one_token_has_no_probability(url):
     choice, = completions(url, 'Count', echo=True, logprobs=1, max_tokens=0).json()['choices']
     told = choice['logprobs']
